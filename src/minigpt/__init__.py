@@ -1,0 +1,1 @@
+"""minigpt: a language model's whole life, from raw text to a served, improving model."""

@@ -1,0 +1,111 @@
+"""What crosses between the serving half and the engine: requests in, deltas and stats out.
+
+Plain msgspec structs, so that the same types go over a socket and between functions.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are chosen and when a sequence ends."""
+
+    max_tokens: int = 16
+    """Most tokens to generate, at least 1."""
+    temperature: float = 1.0
+    """0 is greedy; logits are divided by it otherwise."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens whose probability reaches this."""
+    top_k: int = 0
+    """Sample from this many most likely tokens; 0 is all."""
+    seed: int | None = None
+    """With a seed the answer repeats: sequence i of a request draws from (seed, i)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a sequence; they are not part of the answer."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a sequence, besides the model's own end-of-text."""
+    ignore_eos: bool = False
+    """Go on past the end-of-text token."""
+    logprobs: int | None = None
+    """How many alternatives to report with each token's log-probability; None is no report."""
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
+    """What a client asked for: one prompt, `n` answers."""
+
+    id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams = SamplingParams()
+    n: int = 1
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    """Drop a request at once, at whatever stage it is."""
+
+    id: str
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """One token's log-probability under the model (temperature 1, before top-k and top-p)."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+    """(token id, token text, log-probability) of the most likely tokens, best first."""
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
+    """What one step added to one sequence of a request."""
+
+    request_id: str
+    index: int
+    """Which of the request's `n` sequences."""
+    token_ids: list[int]
+    """New tokens, the end-of-text token included when it was drawn."""
+    text: str
+    """New text: never half a character, never part of a stop string."""
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    """Set on a sequence's last delta, and only there."""
+    prompt_tokens: int = 0
+    """Length of the prompt."""
+    queue_seconds: float | None = None
+    """On a sequence's first token: how long it waited in the engine before its first step."""
+    error: str = ""
+    """Why, where `finish_reason` is "error"."""
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
+    """The engine's counters and gauges; counters never go back within a process."""
+
+    step: int
+    """Steps finished since the start."""
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    prompt_tokens: int
+    generation_tokens: int
+    preemptions: int
+    last_step_seconds: float
+    last_step_prefill_tokens: int
+    last_step_decode_tokens: int
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """The engine process has loaded its model; what the API process needs to know of it."""
+
+    model_id: str
+    """Hash of the artifact that is served."""
+    vocab_size: int
+    context_length: int
+    kv_blocks_total: int
+    block_size: int
+    eos_token_id: int | None
+    load_seconds: float

@@ -1,0 +1,116 @@
+"""How a dataset is made: where the text is, how it is cleaned, split, tokenized and stored."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from minigpt.core.config import Config
+
+
+class SourceConfig(Config):
+    """Where the text comes from. Files are read in the order of their sorted paths."""
+
+    kind: Literal["text", "jsonl", "parquet", "huggingface", "pystdlib"] = "text"
+    """text: files of text or code. jsonl: .jsonl, .jsonl.gz, .jsonl.zst, an object a line.
+    parquet: .parquet files. huggingface: a dataset saved on disk, or a name on the hub.
+    pystdlib: the source files of the running Python's standard library, about 31 MB."""
+    paths: tuple[str, ...] = ()
+    """Files, directories or globs, local or any fsspec URL; for huggingface one directory or
+    hub name; for pystdlib none."""
+    suffixes: tuple[str, ...] = ()
+    """text: read only files that end so, for example [.py, .md]; none is every file that is
+    not hidden."""
+    separator: str | None = None
+    """text: what parts documents within a file, for example "\\n\\n"; none is a document a
+    file."""
+    text_field: str = "text"
+    """jsonl, parquet, huggingface: the field that holds the text."""
+    hub_config: str | None = None
+    """huggingface: the configuration of a hub dataset that has several."""
+    hub_split: str = "train"
+    """huggingface: the split to read."""
+    hub_revision: str | None = None
+    """huggingface: a commit, tag or branch; name a commit to repeat the dataset exactly."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "pystdlib" and self.paths:
+            raise ValueError("source.paths must be empty for kind pystdlib")
+        if self.kind != "pystdlib" and not self.paths:
+            raise ValueError(f"source.paths is required for kind {self.kind}")
+        if self.kind == "huggingface" and len(self.paths) != 1:
+            raise ValueError("source.paths must be one directory or hub name for huggingface")
+        if self.separator == "":
+            raise ValueError("source.separator must not be empty")
+        return self
+
+
+class CleanConfig(Config):
+    """What is repaired and what is dropped; every count goes into the manifest."""
+
+    fix_mojibake: bool = True
+    """Undo text decoded with the wrong encoding (ftfy's encoding fixes alone: quotes, widths
+    and ligatures stay). Files known as source code are left as they are."""
+    max_document_bytes: int = Field(default=1 << 20, ge=64)
+    """Longer texts are cut at line ends into documents of at most this size."""
+    min_characters: int = Field(default=64, ge=1)
+    """Shorter documents are dropped."""
+    max_duplicate_lines: float = Field(default=0.7, ge=0, le=1)
+    """Documents are dropped in which a larger share of the characters lies in lines that
+    appeared before in the same document; 1 drops none."""
+    max_compression: float = Field(default=25.0, ge=1)
+    """Documents are dropped that zlib shrinks more than this many times: loops and padding."""
+    near_duplicates: float | None = Field(default=0.8, gt=0, lt=1)
+    """Estimated Jaccard similarity of word 5-grams from which the later of two documents is
+    dropped; null keeps near-duplicates. Exact duplicates always go."""
+    permutations: int = Field(default=128, ge=16, le=1024)
+    """MinHash functions a document: the estimate's standard error is about
+    sqrt(s (1 - s) / permutations)."""
+
+
+class TokenizerConfig(Config):
+    """The tokenizer."""
+
+    kind: Literal["train", "file", "bytes"] = "train"
+    """train: byte-level BPE on the train split. file: an existing one. bytes: a token a
+    byte."""
+    vocab_size: int = Field(default=8192, ge=257, le=1 << 20)
+    """train: most tokens, the 256 bytes and end-of-text among them."""
+    path: str | None = None
+    """file: a directory with tokenizer.json, that file, or a file of tiktoken ranks."""
+    pattern: str | None = None
+    """train and tiktoken ranks: the regular expression that splits text before merging; null is
+    GPT-4's, adapted to code."""
+    train_bytes: int = Field(default=256 << 20, ge=1)
+    """train: most bytes to train on; a larger corpus is sampled by document hash."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.kind == "file") != (self.path is not None):
+            raise ValueError("tokenizer.path is required for kind file, and only there")
+        return self
+
+
+class DataConfig(Config):
+    """A dataset, from raw text to token shards."""
+
+    source: SourceConfig
+    """Where the text comes from."""
+    val_source: SourceConfig | None = None
+    """Text for the validation split; by default a part of `source` by document hash. Read
+    first, so that what duplicates it is dropped from training."""
+    clean: CleanConfig = CleanConfig()
+    """What is repaired and dropped."""
+    val_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Share of documents for the validation split, at least one document unless it is 0;
+    unused where `val_source` is given."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer."""
+    shard_tokens: int = Field(default=1 << 26, ge=1)
+    """Tokens a shard file."""
+    seed: int = 0
+    """Chooses which documents validate."""
+    max_bytes: int | None = Field(default=None, ge=1)
+    """Stop after this much cleaned text; null is all."""

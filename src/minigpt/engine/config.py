@@ -1,0 +1,47 @@
+"""What an operator may choose about the engine; "auto" values are settled in `resolve`."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from minigpt.core.config import Auto, Config
+
+
+class EngineConfig(Config):
+    """Memory, batching and numerics of the engine."""
+
+    device: Auto | Literal["cpu", "cuda"] = "auto"
+    """Where the model runs; auto is cuda where there is one."""
+    dtype: Auto | Literal["float32", "bfloat16"] = "auto"
+    """Weights, activations and KV cache; auto is bfloat16 where the hardware multiplies it."""
+    threads: Auto | PositiveInt = "auto"
+    """Threads of a matrix product on a CPU; auto is the cores that this process may use."""
+    context_length: Auto | PositiveInt = "auto"
+    """Most tokens of prompt and answer together; auto is the model's own limit."""
+    block_size: PositiveInt = 16
+    """Tokens in a block of the KV cache."""
+    kv_cache_bytes: Auto | PositiveInt = "auto"
+    """Memory for the KV cache; auto is what max_num_seqs full contexts need, within
+    memory_fraction of what is free after the weights."""
+    memory_fraction: float = Field(default=0.8, gt=0, le=1)
+    """Share of the free memory that an "auto" KV cache may take."""
+    max_num_seqs: PositiveInt = 32
+    """Most sequences in a step; the others wait."""
+    max_batched_tokens: Auto | PositiveInt = "auto"
+    """Token budget of a step, shared by decode (served first) and prefill; it bounds how long
+    a prompt can delay the running streams. auto is 256 on a CPU and 2048 on a GPU."""
+    max_logprobs: int = Field(default=20, ge=0)
+    """Most alternatives that a request may ask for with each token."""
+    seed: int | None = None
+    """Where the seeds of requests without one come from; null draws fresh ones."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_batched_tokens != "auto" and self.max_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_batched_tokens = {self.max_batched_tokens} must be at least "
+                f"max_num_seqs = {self.max_num_seqs}, or decode could not serve all"
+            )
+        return self

@@ -1,0 +1,273 @@
+"""The engine: requests in, deltas out, one step at a time."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+import torch
+
+from minigpt.api.requests import Delta, EngineStats, Ready, Request
+from minigpt.core.clock import Clock, SystemClock
+from minigpt.core.errors import RequestError
+from minigpt.core.machine import describe_machine
+from minigpt.engine.blocks import BlockManager
+from minigpt.engine.config import EngineConfig
+from minigpt.engine.output import OutputProcessor, Vocabulary
+from minigpt.engine.packing import pack_weights
+from minigpt.engine.resolve import (
+    check_weights_fit,
+    kv_bytes_per_token,
+    resolve_memory,
+    resolve_numerics,
+)
+from minigpt.engine.runner import ModelRunner
+from minigpt.engine.sampler import sample
+from minigpt.engine.scheduler import Chunk, Scheduler
+from minigpt.engine.sequence import Sequence
+from minigpt.engine.validate import check_request
+from minigpt.model.decoder import Decoder
+
+
+class Engine:
+    """Continuous batching over one model. Not thread-safe: one loop owns it.
+
+    Use:
+        engine = Engine.load("runs/model", EngineConfig())
+        engine.add(request)
+        while engine.has_work:
+            for delta in engine.step(): ...
+
+    Args:
+        model: In eval mode, on its device, in the config's dtype (int8 weights stay int8).
+        vocabulary: Turns tokens into bytes.
+        config: With every "auto" settled; see `resolve`.
+        model_id: Hash of what is served.
+        clock: For durations in the stats.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        vocabulary: Vocabulary,
+        config: EngineConfig,
+        *,
+        model_id: str = "",
+        clock: Clock | None = None,
+    ) -> None:
+        assert config.max_batched_tokens != "auto"
+        assert config.kv_cache_bytes != "auto"
+        assert config.context_length != "auto"
+        self.config = config
+        self._context_length = config.context_length
+        self._model_config = model.config
+        self._model_id = model_id
+        self._clock = clock or SystemClock()
+        per_block = kv_bytes_per_token(config, model.config) * config.block_size
+        blocks = BlockManager(config.kv_cache_bytes // per_block, config.block_size)
+        self._scheduler = Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens)
+        self._runner = ModelRunner(
+            model,
+            num_blocks=blocks.num_blocks,
+            block_size=config.block_size,
+            dtype=getattr(torch, config.dtype),
+        )
+        ends = model.config.stop_token_ids
+        eos = (model.config.eos_token_id, vocabulary.eos_token_id, *ends)
+        self._eos_token_ids = tuple(dict.fromkeys(t for t in eos if t is not None))
+        self._output = OutputProcessor(vocabulary, self._eos_token_ids)
+        self._requests: dict[str, list[Sequence]] = {}
+        """The unfinished sequences of each request."""
+        self._pending: list[Delta] = []
+        self._arrivals = itertools.count()
+        self._seeds = random.Random(config.seed)
+        self._steps = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._last_step = (0.0, 0, 0)
+        self._load_seconds = 0.0
+
+    @classmethod
+    def load(
+        cls, path: str | Path, config: EngineConfig | None = None, *, clock: Clock | None = None
+    ) -> Engine:
+        """Load a model artifact or a Hugging Face directory, ready to step.
+
+        Each derived number is logged with its derivation.
+
+        Args:
+            path: With weights, `config.json` and a tokenizer.
+            config: "auto" values are settled here.
+            clock: For durations.
+
+        Raises:
+            ModelError: No usable weights there, they do not fit in memory, or the tokenizer
+                does not fit the model.
+            ConfigError: The KV cache can't hold one context, or no such device is there.
+        """
+        from minigpt.core.telemetry import get_logger
+        from minigpt.data.tokenizer import Tokenizer
+        from minigpt.model.weights import check_vocab, load_model
+
+        clock = clock or SystemClock()
+        started = clock.monotonic()
+        log = get_logger("engine")
+        config = resolve_numerics(
+            config or EngineConfig(),
+            describe_machine(),
+            cuda=torch.cuda.is_available(),
+            report=log.info,
+        )
+        assert config.threads != "auto"
+        torch.set_num_threads(config.threads)
+        if config.device == "cpu":
+            check_weights_fit(Path(path), describe_machine().memory_available)
+        loaded = load_model(path, dtype=config.dtype, device=config.device)
+        tokenizer = Tokenizer.load(loaded.path)
+        check_vocab(loaded.config, tokenizer.vocab_size)
+        pack_weights(loaded.model)
+        available = (
+            torch.cuda.mem_get_info()[0]
+            if config.device == "cuda"
+            else describe_machine().memory_available
+        )
+        config = resolve_memory(config, loaded.config, available=available, report=log.info)
+        engine = cls(loaded.model, tokenizer, config, model_id=loaded.id, clock=clock)
+        engine._load_seconds = clock.monotonic() - started
+        return engine
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to hand over."""
+        return self._scheduler.has_work or bool(self._pending)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: It can't be served, now or ever: a bad parameter, a token outside the
+                vocabulary, too long, or an id that is in use. Nothing was queued.
+        """
+        check_request(
+            request,
+            vocab_size=self._model_config.vocab_size,
+            context_length=self._context_length,
+            max_logprobs=self.config.max_logprobs,
+        )
+        if request.id in self._requests:
+            raise RequestError(f"request id {request.id!r} is in use", remedy="choose another")
+        self._scheduler.check_fits(len(request.prompt_token_ids) + request.sampling.max_tokens - 1)
+        seed = request.sampling.seed
+        seed = self._seeds.getrandbits(64) if seed is None else seed
+        sequences = [
+            Sequence.from_request(request, index, next(self._arrivals), seed)
+            for index in range(request.n)
+        ]
+        self._requests[request.id] = sequences
+        now = self._clock.monotonic()
+        for sequence in sequences:
+            sequence.arrived_seconds = now
+            self._scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request at once; unknown and finished ones are ignored.
+
+        The next `step` reports its unfinished sequences with finish reason "abort".
+        """
+        for sequence in tuple(self._requests.get(request_id, ())):
+            self._finish(sequence)
+            self._pending.append(self._output.close(sequence, "abort"))
+
+    def step(self) -> list[Delta]:
+        """Compute one batch.
+
+        Never raises for a request: one that fails finishes with reason "error", the others
+        go on.
+
+        Returns:
+            What each sequence gained, at most one delta a sequence; with nothing to do, none.
+        """
+        started = self._clock.monotonic()
+        deltas, self._pending = self._pending, []
+        batch = self._scheduler.schedule()
+        if not batch.chunks:
+            return deltas
+        for chunk in batch.chunks:
+            if chunk.sequence.queue_seconds is None:
+                chunk.sequence.queue_seconds = started - chunk.sequence.arrived_seconds
+        deltas += self._run(batch.chunks)
+        self._steps += 1
+        seconds = self._clock.monotonic() - started
+        decode = batch.num_decode_tokens
+        self._last_step = (seconds, batch.num_tokens - decode, decode)
+        if not self._scheduler.has_work:
+            self._scheduler.check()
+        return deltas
+
+    def stats(self) -> EngineStats:
+        """Return the counters and gauges as they are between two steps."""
+        seconds, prefill_tokens, decode_tokens = self._last_step
+        blocks = self._scheduler.blocks
+        return EngineStats(
+            step=self._steps,
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            kv_blocks_used=blocks.num_used,
+            kv_blocks_total=blocks.num_blocks,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            preemptions=self._scheduler.num_preemptions,
+            last_step_seconds=seconds,
+            last_step_prefill_tokens=prefill_tokens,
+            last_step_decode_tokens=decode_tokens,
+        )
+
+    def ready(self) -> Ready:
+        """Return what clients of the engine need to know of the model."""
+        blocks = self._scheduler.blocks
+        return Ready(
+            model_id=self._model_id,
+            vocab_size=self._model_config.vocab_size,
+            context_length=self._context_length,
+            kv_blocks_total=blocks.num_blocks,
+            block_size=blocks.block_size,
+            eos_token_id=self._eos_token_ids[0] if self._eos_token_ids else None,
+            load_seconds=self._load_seconds,
+        )
+
+    def _run(self, chunks: list[Chunk]) -> list[Delta]:
+        """Run and sample; where that raises, find the culprit by running chunk by chunk."""
+        try:
+            logits, sequences = self._runner.run(chunks)
+            choices = sample(logits, sequences)
+        except Exception as error:
+            if len(chunks) == 1:
+                return [self._fail(chunks[0].sequence, f"{type(error).__name__}: {error}")]
+            return [delta for chunk in chunks for delta in self._run([chunk])]
+        self._scheduler.advance(chunks)
+        deltas = []
+        for sequence, choice in zip(sequences, choices, strict=True):
+            if choice is None:
+                deltas.append(self._fail(sequence, "the model's logits are not finite"))
+                continue
+            delta = self._output.extend(sequence, choice)
+            self._generation_tokens += 1
+            if sequence.index == 0 and sequence.num_output_tokens == 1:
+                self._prompt_tokens += sequence.num_prompt_tokens
+            if delta.finish_reason is not None:
+                self._finish(sequence)
+            deltas.append(delta)
+        return deltas
+
+    def _fail(self, sequence: Sequence, error: str) -> Delta:
+        self._runner.clear(sequence)
+        self._finish(sequence)
+        return self._output.close(sequence, "error", error)
+
+    def _finish(self, sequence: Sequence) -> None:
+        self._scheduler.finish(sequence)
+        siblings = self._requests[sequence.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request_id]

@@ -1,0 +1,120 @@
+"""Settle the engine's "auto" values and check that the model and its cache fit; no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from minigpt.core.errors import ConfigError, ModelError
+from minigpt.core.machine import Machine
+from minigpt.engine.config import EngineConfig
+from minigpt.model.config import ModelConfig
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+_GIB = 1 << 30
+
+Report = Callable[[str], None]
+"""Receives one line for each derived number: what, how much, and why."""
+
+
+def resolve_numerics(
+    config: EngineConfig, machine: Machine, *, cuda: bool, report: Report
+) -> EngineConfig:
+    """Settle device, dtype, threads and the token budget, which the weights do not bear on.
+
+    Raises:
+        ConfigError: A GPU is asked for and there is none.
+    """
+    changes: dict[str, object] = {}
+    if config.device == "auto":
+        changes["device"] = "cuda" if cuda else "cpu"
+        report(f"device = {changes['device']}: {'a GPU is there' if cuda else 'no GPU is there'}")
+    on_gpu = changes.get("device", config.device) == "cuda"
+    if on_gpu and not cuda:
+        raise ConfigError("device = cuda: this machine has none", remedy="set device=cpu")
+    if config.dtype == "auto":
+        fast = on_gpu or machine.fast_bfloat16
+        changes["dtype"] = "bfloat16" if fast else "float32"
+        report(f"dtype = {changes['dtype']}: {'fast' if fast else 'no bfloat16'} in hardware")
+    if config.threads == "auto":
+        changes["threads"] = machine.cores
+        report(f"threads = {changes['threads']}: cores that this process may use")
+    if config.max_batched_tokens == "auto":
+        budget = max(2048 if on_gpu else 256, config.max_num_seqs)
+        changes["max_batched_tokens"] = budget
+        report(f"max_batched_tokens = {budget}: a prompt delays streams by one such step")
+    return config.replace(**changes)
+
+
+def resolve_memory(
+    config: EngineConfig, model: ModelConfig, *, available: int, report: Report
+) -> EngineConfig:
+    """Settle the context length and the KV cache's size.
+
+    Args:
+        config: With device and dtype settled.
+        model: The architecture to be served.
+        available: Free bytes on the device once the weights are loaded.
+        report: Where the derivation goes.
+
+    Raises:
+        ConfigError: The context is longer than the model's, or the cache can't hold one full
+            context; the message states the shortfall in bytes.
+    """
+    context_length = (
+        model.context_length if config.context_length == "auto" else config.context_length
+    )
+    if context_length > model.context_length:
+        raise ConfigError(
+            f"context_length = {context_length}: the model's is {model.context_length}",
+            remedy="lower context_length",
+        )
+    per_token = kv_bytes_per_token(config, model)
+    per_block = per_token * config.block_size
+    one_context = -(-context_length // config.block_size) * per_block
+    if config.kv_cache_bytes == "auto":
+        wanted = one_context * config.max_num_seqs
+        allowed = int(available * config.memory_fraction)
+        size = min(wanted, allowed) // per_block * per_block
+        report(
+            f"kv_cache_bytes = {size}: {per_token} B/token x {size // per_token} tokens; "
+            f"{config.max_num_seqs} full contexts of {context_length} need {wanted}, "
+            f"{config.memory_fraction:g} of {available} free allow {allowed}"
+        )
+    else:
+        size = config.kv_cache_bytes // per_block * per_block
+        if size > available:
+            raise ConfigError(
+                f"kv_cache_bytes = {config.kv_cache_bytes}: only {available} bytes are free "
+                f"after the weights, short by {size - available}",
+                remedy="lower kv_cache_bytes or set it to auto",
+            )
+    if size < one_context:
+        raise ConfigError(
+            f"the KV cache would have {size} bytes, one context of {context_length} tokens needs "
+            f"{one_context}: short by {one_context - size}",
+            remedy="lower context_length, raise kv_cache_bytes or free memory",
+        )
+    return config.replace(context_length=context_length, kv_cache_bytes=size)
+
+
+def kv_bytes_per_token(config: EngineConfig, model: ModelConfig) -> int:
+    """Return the bytes that one token's keys and values take over all layers."""
+    assert config.dtype != "auto"
+    width = model.num_kv_heads * model.head_dim
+    return 2 * model.num_layers * width * _DTYPE_BYTES[config.dtype]
+
+
+def check_weights_fit(path: Path, available: int) -> None:
+    """Refuse a model whose weight files are larger than the free memory, before reading them.
+
+    Raises:
+        ModelError: With the shortfall.
+    """
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if size > available:
+        raise ModelError(
+            f"{path} holds {size / _GIB:.2f} GiB of weights, {available / _GIB:.2f} GiB of memory "
+            f"are free: short by {size - available} bytes",
+            remedy="free memory, quantize the model or use a larger machine",
+        )

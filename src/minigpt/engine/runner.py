@@ -1,0 +1,73 @@
+"""Run the model on one step's batch; tensors begin here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minigpt.engine.paged_attention import KVCache, PagedAttention
+from minigpt.engine.scheduler import Chunk
+from minigpt.engine.sequence import Sequence
+from minigpt.model.decoder import Decoder
+
+
+class ModelRunner:
+    """Owns the model and the KV cache.
+
+    Args:
+        model: In eval mode, on its device.
+        num_blocks: Blocks of the KV cache.
+        block_size: Tokens in a block.
+        dtype: Of the KV cache: that of the model's activations.
+    """
+
+    def __init__(
+        self, model: Decoder, *, num_blocks: int, block_size: int, dtype: torch.dtype
+    ) -> None:
+        self._model = model
+        self._device = next(iter(model.state_dict().values())).device
+        self._cache = KVCache(
+            model.config,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=dtype,
+            device=self._device,
+        )
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk]) -> tuple[Tensor, list[Sequence]]:
+        """Compute a batch's tokens: writes their keys and values, returns the next logits.
+
+        Running the same chunks again is safe: they write the same values to the same slots.
+
+        Args:
+            chunks: At least one; blocks for all of them are in the block tables.
+
+        Returns:
+            (S, V) float32 logits and the S sequences to sample for, row by row.
+        """
+        # Decode first, by length, so that sequences of like length gather together.
+        ordered = sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.stop))
+        attention = PagedAttention(self._cache, ordered, self._model.config.sliding_window)
+        tokens: list[int] = []
+        positions: list[int] = []
+        last_rows: list[int] = []
+        sampled: list[Sequence] = []
+        for chunk in ordered:
+            tokens += chunk.sequence.token_ids[chunk.start : chunk.stop]
+            positions += range(chunk.start, chunk.stop)
+            if chunk.samples:
+                last_rows.append(len(tokens) - 1)
+                sampled.append(chunk.sequence)
+        hidden = self._model(self._tensor(tokens)[None], self._tensor(positions)[None], attention)
+        if not sampled:
+            return hidden.new_empty(0, self._model.config.vocab_size, dtype=torch.float32), []
+        last = hidden[0].index_select(0, self._tensor(last_rows))  # (S, C)
+        return self._model.logits(last).float(), sampled
+
+    def clear(self, sequence: Sequence) -> None:
+        """Zero a failed sequence's blocks, so that no NaN of it reaches those who reuse them."""
+        self._cache.clear(sequence.block_table)
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self._device)

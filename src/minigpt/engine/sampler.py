@@ -1,0 +1,149 @@
+"""Choose the next tokens from logits; random numbers depend on (seed, index, position) alone."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minigpt.engine.sequence import Sequence
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing by them would overflow."""
+
+_NUCLEUS_CANDIDATES = 1024
+"""Tokens among which a top-p set is first sought: finding them costs far less than a sort."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A chosen token, and where asked for, log-probabilities at temperature 1."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability) of the likeliest tokens, best first."""
+
+
+def uniform(seed: int, index: int, position: int) -> float:
+    """Return a number in [0, 1) with 53 random bits, a pure function of its arguments.
+
+    Counter-based, so that it is the same whatever the batch, the chunking or the preemptions
+    were: a keyed hash (BLAKE2b, RFC 7693) of the counter.
+
+    Args:
+        seed: The request's seed, any integer (taken modulo 2**64).
+        index: Which of the request's sequences.
+        position: How many tokens the sequence has generated before this one.
+    """
+    key = struct.pack("<Q", seed % (1 << 64))
+    digest = hashlib.blake2b(struct.pack("<QQ", index, position), digest_size=8, key=key)
+    return (int.from_bytes(digest.digest(), "little") >> 11) / (1 << 53)
+
+
+def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled | None]:
+    """Choose the next token of each sequence.
+
+    Args:
+        logits: (B, V) float32, row i for `sequences[i]`.
+        sequences: Whose sampling parameters, seed and position apply.
+
+    Returns:
+        One choice a row; None where the logits hold a NaN or an infinity.
+    """
+    assert logits.dtype is torch.float32
+    assert logits.shape[0] == len(sequences)
+    finite = logits.sum(dim=-1).isfinite().tolist()
+    tokens = logits.argmax(dim=-1)
+    random_rows = [
+        row
+        for row, sequence in enumerate(sequences)
+        if finite[row] and sequence.sampling.temperature >= GREEDY_BELOW
+    ]
+    if random_rows:
+        chosen = _draw(logits[random_rows], [sequences[row] for row in random_rows])
+        tokens[random_rows] = chosen
+    sampled: list[Sampled | None] = [
+        Sampled(token) if good else None
+        for token, good in zip(tokens.tolist(), finite, strict=True)
+    ]
+    _add_logprobs(sampled, logits, sequences)
+    return sampled
+
+
+def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
+    """Sample a token a row by the inverse of the cumulative distribution."""
+    temperatures = [s.sampling.temperature for s in sequences]
+    logits = logits / logits.new_tensor(temperatures).unsqueeze(-1)
+    logits = _keep_top_k(logits, [s.sampling.top_k for s in sequences])
+    probabilities = logits.softmax(dim=-1)
+    probabilities = _keep_top_p(probabilities, [s.sampling.top_p for s in sequences])
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1]
+    draws = [uniform(s.seed, s.index, s.num_output_tokens) for s in sequences]
+    # Below the total, or rounding could point past the last token of non-zero probability.
+    target = torch.minimum(
+        total * torch.tensor(draws, dtype=torch.float64, device=total.device),
+        total.nextafter(torch.zeros_like(total)),
+    )
+    return torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)
+
+
+def _keep_top_k(logits: Tensor, top_k: SequenceOf[int]) -> Tensor:
+    """Set all but the `top_k[row]` largest logits to -inf (equals of the last one stay)."""
+    vocab_size = logits.shape[-1]
+    rows = [row for row, k in enumerate(top_k) if 0 < k < vocab_size]
+    if not rows:
+        return logits
+    largest = logits[rows].topk(max(top_k[row] for row in rows)).values
+    last = torch.tensor([top_k[row] - 1 for row in rows], device=logits.device)
+    threshold = logits.new_full((len(top_k), 1), -math.inf)
+    threshold[rows] = largest.gather(-1, last.unsqueeze(-1))
+    return logits.masked_fill(logits < threshold, -math.inf)
+
+
+def _keep_top_p(probabilities: Tensor, top_p: SequenceOf[float]) -> Tensor:
+    """Zero all but the smallest set of tokens whose probability reaches `top_p[row]`."""
+    rows = [row for row, p in enumerate(top_p) if p < 1]
+    if not rows:
+        return probabilities
+    vocab_size = probabilities.shape[-1]
+    wanted = probabilities.new_tensor([top_p[row] for row in rows]).unsqueeze(-1)
+    candidates = probabilities[rows].topk(min(_NUCLEUS_CANDIDATES, vocab_size)).values
+    if bool((candidates.sum(dim=-1, keepdim=True) < wanted).any()):
+        candidates = probabilities[rows].sort(dim=-1, descending=True).values
+    before = candidates.cumsum(dim=-1) - candidates
+    last = (before < wanted).sum(dim=-1, keepdim=True).clamp(min=1) - 1
+    threshold = probabilities.new_zeros(len(top_p), 1)
+    threshold[rows] = candidates.gather(-1, last)
+    return probabilities.masked_fill(probabilities < threshold, 0)
+
+
+def _add_logprobs(
+    sampled: list[Sampled | None], logits: Tensor, sequences: SequenceOf[Sequence]
+) -> None:
+    """Replace the choices of those sequences that report log-probabilities."""
+    rows = [
+        row
+        for row, sequence in enumerate(sequences)
+        if sampled[row] is not None and sequence.sampling.logprobs is not None
+    ]
+    if not rows:
+        return
+    logprobs = logits[rows].log_softmax(dim=-1)
+    counts = [sequences[row].sampling.logprobs or 0 for row in rows]
+    values, ids = logprobs.topk(min(max(counts), logits.shape[-1]))
+    alternatives = zip(ids.tolist(), values.tolist(), strict=True)
+    for i, (row, (top_ids, top_values)) in enumerate(zip(rows, alternatives, strict=True)):
+        choice = sampled[row]
+        assert choice is not None
+        sampled[row] = Sampled(
+            choice.token_id,
+            float(logprobs[i, choice.token_id]),
+            tuple(zip(top_ids, top_values, strict=True))[: counts[i]],
+        )

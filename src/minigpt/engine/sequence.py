@@ -1,0 +1,79 @@
+"""A Sequence is one token stream of a request; no torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from minigpt.api.requests import FinishReason, Request, SamplingParams
+from minigpt.engine.detokenizer import TextStream
+
+
+class SequenceStatus(Enum):
+    """Where a sequence stands; only running ones hold blocks."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One of a request's `n` answers, from arrival to finish. Compared by identity."""
+
+    request_id: str
+    index: int
+    """Which of the request's answers."""
+    arrival: int
+    """Order of arrival in this engine; smaller is older and served first."""
+    seed: int
+    """Keys this sequence's random numbers, together with `index` and the position."""
+    sampling: SamplingParams
+    token_ids: list[int]
+    """Prompt, then what was generated."""
+    num_prompt_tokens: int
+    text: TextStream
+    num_computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    block_table: list[int] = field(default_factory=list)
+    """Blocks of the cache, in order: token t is in block_table[t // block_size]."""
+    status: SequenceStatus = SequenceStatus.WAITING
+    arrived_seconds: float = 0.0
+    """When it arrived, by the engine's clock."""
+    queue_seconds: float | None = None
+    """How long it waited for its first step; None until then."""
+    finish_reason: FinishReason | None = None
+
+    @classmethod
+    def from_request(cls, request: Request, index: int, arrival: int, seed: int) -> Sequence:
+        """Make the `index`-th sequence of a request."""
+        return cls(
+            request_id=request.id,
+            index=index,
+            arrival=arrival,
+            seed=seed,
+            sampling=request.sampling,
+            token_ids=list(request.prompt_token_ids),
+            num_prompt_tokens=len(request.prompt_token_ids),
+            text=TextStream(request.sampling.stop),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated tokens."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens still to be computed before the next one can be sampled; 1 is decode."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def most_cached_tokens(self) -> int:
+        """Most tokens that this sequence can ever have in the cache (the last is never read)."""
+        return self.num_prompt_tokens + self.sampling.max_tokens - 1

@@ -1,0 +1,112 @@
+"""Reading and writing safetensors directories, in one file or in shards with an index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minigpt.core.errors import ModelError, StorageError
+from minigpt.core.storage import storage_errors
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the safetensors files that hold a directory's weights.
+
+    Raises:
+        ModelError: None there, only pickled ones, a malformed index, or a shard is missing.
+    """
+    if (directory / INDEX).is_file():
+        try:
+            shards = set(json.loads((directory / INDEX).read_bytes())["weight_map"].values())
+            files = [directory / str(name) for name in sorted(shards)]
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise ModelError(f"{directory / INDEX} is not a valid safetensors index") from None
+        for file in files:
+            if not file.is_file():
+                raise ModelError(
+                    f"{file} is missing, though {INDEX} names it",
+                    remedy="fetch the directory again",
+                )
+        return files
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
+    pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*"))
+    if pickled:
+        raise ModelError(
+            f"{pickled[0]} is a pickle, which can run code when loaded",
+            remedy="convert it with transformers: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)",
+        )
+    raise ModelError(
+        f"{directory} holds no weights: neither {SINGLE} nor {INDEX} is there",
+        remedy="give a directory that `minigpt train` or save_pretrained wrote",
+    )
+
+
+def read_tensors(files: list[Path], device: str) -> dict[str, Tensor]:
+    """Map the tensors of safetensors files into memory; on the CPU nothing is copied.
+
+    Raises:
+        ModelError: A file is corrupt, or two files hold the same tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    if name in tensors:
+                        raise ModelError(f"{path} holds {name}, which another shard holds too")
+                    tensors[name] = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"can't read {path}: {error}") from None
+    return tensors
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    """Write tensors in one file, or in shards of at most that size with an index.
+
+    A tensor larger than a shard gets a shard of its own.
+
+    Raises:
+        StorageError: A full disk, no permission.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    with storage_errors(f"write {directory}"):
+        if len(shards) == 1:
+            _write(directory / SINGLE, shards[0])
+            return
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, start=1):
+            file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            _write(directory / file_name, shard)
+            weight_map |= dict.fromkeys(shard, file_name)
+        total = sum(t.nbytes for shard in shards for t in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (directory / INDEX).write_text(text, encoding="utf-8")
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses it without
+    except SafetensorError as error:
+        path.unlink(missing_ok=True)
+        raise StorageError(
+            f"can't write {path}: {error}", remedy="free space there or choose another directory"
+        ) from error

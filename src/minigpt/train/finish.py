@@ -1,0 +1,91 @@
+"""The end of a run: the model artifact and `final.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from minigpt.core.artifact import Artifact, create_artifact, is_artifact, open_artifact
+from minigpt.core.manifest import Parent
+from minigpt.core.storage import write_atomic
+from minigpt.model.decoder import Decoder
+from minigpt.model.weights import save_model
+from minigpt.train.checkpoint import TrainState
+from minigpt.train.config import TrainConfig
+from minigpt.train.metrics import read_metrics
+
+
+def weights_sha256(state: Mapping[str, Tensor]) -> str:
+    """Hash named tensors over names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        array = tensor.detach().cpu().contiguous().numpy()
+        digest.update(f"{name}:{array.dtype}:{array.shape}:".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def save_final_model(
+    destination: Path,
+    model: Decoder,
+    config: TrainConfig,
+    *,
+    tokenizer_dir: Path,
+    metrics: Mapping[str, Any],
+    parents: Sequence[Artifact | Parent],
+) -> Artifact:
+    """Write the model artifact, or open the one that a killed end of the run already wrote."""
+    if is_artifact(destination):
+        return open_artifact(destination, kind="model")
+    with create_artifact(destination, kind="model", parents=parents, config=config) as draft:
+        save_model(draft.path, model, model.config, tokenizer_dir)
+        draft.metrics = dict(metrics)
+    assert draft.artifact is not None
+    return draft.artifact
+
+
+def write_final(
+    path: Path,
+    metrics_path: Path,
+    state: TrainState,
+    model: Decoder,
+    artifact: Artifact,
+    *,
+    dataset_sha256: str,
+) -> dict[str, Any]:
+    """Write `final.json`, which makes the run finished, and return its content."""
+    lines = list(read_metrics(metrics_path))
+    hexes = [line["loss_hex"] for line in lines]
+    # The median step: the first ones compile, and a save or a validation is no part of any.
+    seconds = statistics.median(line["seconds"] for line in lines)
+    final = {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "loss": lines[-1]["loss"],
+        "loss_hex": hexes[-1],
+        "losses": {
+            "first": lines[0]["loss"],
+            "lowest": min(line["loss"] for line in lines),
+            "last": lines[-1]["loss"],
+            "sha256": hashlib.sha256("\n".join(hexes).encode()).hexdigest(),
+        },
+        "bits_per_byte": state.validation.get("bits_per_byte"),
+        "validation": state.validation,
+        "best_step": state.best_step,
+        "best_bits_per_byte": state.best_bits_per_byte,
+        "weights_sha256": weights_sha256(model.state_dict()),
+        "dataset_sha256": dataset_sha256,
+        "parameters": model.config.parameter_counts().total,
+        "step_seconds": seconds,
+        "tokens_per_second": state.tokens / state.step / seconds,
+        "model": str(artifact.path),
+        "model_id": artifact.id,
+    }
+    write_atomic(path, (json.dumps(final, indent=1) + "\n").encode())
+    return final

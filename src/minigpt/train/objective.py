@@ -1,0 +1,107 @@
+"""Next-token cross-entropy that never holds the full logits, forward or backward.
+
+With a vocabulary of V, the logits of N tokens are N x V, many times the hidden states.
+Here a chunk of tokens is projected, scored and differentiated before the next one, so that
+only `chunk_tokens` x V numbers exist at a time. The gradients are formed in the forward pass,
+where the logits already are, and scaled in the backward pass: three matrix products in all,
+as many as without chunks (the idea of Liger Kernel, https://arxiv.org/abs/2410.10989).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED_TARGET = -1
+
+
+def cross_entropy_sum(
+    hidden: Tensor,
+    output_weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk_tokens: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Sum the cross-entropy (nats) over valid targets.
+
+    Args:
+        hidden: (N, C) final hidden states.
+        output_weight: (V, C) output projection.
+        targets: (N,) token ids, `IGNORED_TARGET` where there is nothing to predict.
+        chunk_tokens: Rows of logits that exist at a time.
+        dtype: Of the matrix products; None is that of `output_weight`. Softmax and sums are
+            in float32 (float64 for float64 weights).
+
+    Returns:
+        Scalar, differentiable once with respect to `hidden` and `output_weight`.
+    """
+    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, output_weight, targets, chunk_tokens, dtype or output_weight.dtype
+    )
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        accurate = torch.promote_types(weight.dtype, torch.float32)
+        needs_gradient = any(ctx.needs_input_grad)
+        with torch.autocast(hidden.device.type, enabled=False):
+            product_weight = weight.to(dtype)
+            loss = torch.zeros((), dtype=accurate, device=hidden.device)
+            hidden_grad = torch.empty_like(hidden) if needs_gradient else None
+            weight_grad = torch.zeros_like(weight, dtype=accurate) if needs_gradient else None
+            for start in range(0, hidden.shape[0], chunk_tokens):
+                rows = slice(start, start + chunk_tokens)
+                states = hidden[rows].to(dtype)
+                chunk_loss, logits_grad = _chunk(states, product_weight, targets[rows], accurate)
+                loss = loss + chunk_loss
+                if hidden_grad is not None and weight_grad is not None:
+                    logits_grad = logits_grad.to(dtype)
+                    hidden_grad[rows] = logits_grad @ product_weight
+                    weight_grad += logits_grad.T @ states
+        if needs_gradient:
+            ctx.save_for_backward(hidden_grad, weight_grad)
+            ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return (
+            hidden_grad * loss_grad.to(hidden_grad.dtype),
+            (weight_grad * loss_grad).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _chunk(
+    states: Tensor, weight: Tensor, targets: Tensor, accurate: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return one chunk's summed loss and its gradient with respect to the logits."""
+    valid = targets != IGNORED_TARGET
+    labels = torch.where(valid, targets, 0)
+    logits = states @ weight.T
+    wide = logits.to(accurate)
+    normalizer = torch.logsumexp(wide, dim=-1)
+    label_logits = (states.to(accurate) * weight[labels].to(accurate)).sum(-1)
+    loss = torch.where(valid, normalizer - label_logits, 0.0).sum()
+    # The labels apart: a gather or a comparison inside would keep the passes over all logits
+    # from being vectorised.
+    gradient = ((wide - normalizer[:, None]).exp() * valid[:, None]).to(logits.dtype)
+    rows = torch.arange(labels.shape[0], device=labels.device)
+    label_grad = ((label_logits - normalizer).exp() - 1) * valid
+    gradient[rows, labels] = label_grad.to(logits.dtype)
+    return loss, gradient

@@ -1,0 +1,105 @@
+"""Which parameter learns by which rule: Muon for hidden matrices, fused AdamW for the rest.
+
+See `train.muon` for the rule; it scales the update of a matrix by sqrt(max(1, rows / columns)),
+so that one rate fits every shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from minigpt.core.errors import ArtifactError
+from minigpt.train.config import OptimizerConfig
+from minigpt.train.muon import Muon
+
+
+class Optimizer:
+    """One or two torch optimizers that step together, with state kept by parameter name."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+        """Split `model`'s parameters; `config` is resolved (rates are numbers)."""
+        assert config.lr != "auto" and config.muon_lr != "auto"
+        self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        kinds = _parameter_kinds(model)
+        groups = []
+        if config.kind == "adamw":
+            groups.append(
+                {"params": kinds["matrix"], "lr": config.lr, "weight_decay": config.weight_decay}
+            )
+        groups.append({"params": kinds["embedding"], "lr": config.lr, "weight_decay": 0.0})
+        groups.append({"params": kinds["vector"], "lr": config.lr, "weight_decay": 0.0})
+        groups = [group for group in groups if group["params"]]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+        ]
+        if config.kind == "muon" and kinds["matrix"]:
+            self._optimizers.append(
+                Muon(
+                    kinds["matrix"],
+                    lr=config.muon_lr,
+                    weight_decay=config.weight_decay,
+                    momentum=config.momentum,
+                )
+            )
+        self._groups = [g for optimizer in self._optimizers for g in optimizer.param_groups]
+        self._peaks = [group["lr"] for group in self._groups]
+
+    def step(self, factor: float) -> None:
+        """Update the parameters from their gradients, with `factor` of the peak rates."""
+        for group, peak in zip(self._groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state as tensors named `<parameter>/<state>`, without copies."""
+        return {
+            f"{self._names[parameter]}/{key}": value
+            for optimizer in self._optimizers
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the state by copies of `tensors`; an empty mapping resets it.
+
+        Raises:
+            ArtifactError: A name belongs to no parameter.
+        """
+        owners = {self._names[p]: (p, o) for o in self._optimizers for p in _parameters(o)}
+        for optimizer in self._optimizers:
+            optimizer.state.clear()
+        for name, value in tensors.items():
+            parameter_name, _, key = name.rpartition("/")
+            if parameter_name not in owners:
+                raise ArtifactError(f"optimizer state {name!r} belongs to no parameter")
+            parameter, optimizer = owners[parameter_name]
+            # Cloned, not viewed: the alignment of a mapped file would change the bits.
+            optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _parameter_kinds(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Sort parameters into hidden matrices, embeddings (with the head), and vectors."""
+    embedding = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = getattr(model, "output_weight", None)
+    kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "vector": []}
+    for parameter in model.parameters():
+        if parameter.ndim < 2:
+            kinds["vector"].append(parameter)
+        elif id(parameter) in embedding or parameter is head:
+            kinds["embedding"].append(parameter)
+        else:
+            kinds["matrix"].append(parameter)
+    return kinds
