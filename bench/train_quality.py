@@ -64,6 +64,9 @@ def parse_arguments() -> argparse.Namespace:
         "--nanogpt-recipes", default="readme,char", help="which of its recipes (readme,char)"
     )
     parser.add_argument(
+        "--shares", default="0.5,1", help="of the budget, a minigpt run for each (default 0.5,1)"
+    )
+    parser.add_argument(
         "--set", action="append", default=[], help="override of minigpt's recipe, may be repeated"
     )
     return parser.parse_args()
@@ -125,7 +128,7 @@ def plan(arguments: argparse.Namespace, corpus: str, dataset: Path) -> dict[str,
             }
     else:
         print("nanoGPT skipped: --nanogpt names no checkout")
-    for share in (0.5, 1.0):
+    for share in map(float, arguments.shares.split(",")):
         runs[f"minigpt, {share * minutes:g} min"] = ours | {"minutes": share * minutes}
     return runs
 

@@ -66,6 +66,21 @@ def test_more_parameters_get_more_tokens_and_larger_batches() -> None:
     assert large.batch.tokens_per_step > small.batch.tokens_per_step
 
 
+def test_the_size_is_what_the_budget_trains_well() -> None:
+    def chosen(peak_flops: float = 4e11, **budget: Any) -> int:
+        size = resolve(_config(**budget), replace(FACTS, peak_flops=peak_flops)).config.size
+        assert isinstance(size, int)
+        return size
+
+    assert chosen() == chosen(steps=700) == 4
+    assert chosen(minutes=3, size=7) == 7
+    assert chosen(minutes=0.01) == 1
+    by_time = [chosen(minutes=minutes) for minutes in (1, 10, 100, 1000)]
+    assert by_time == sorted(by_time) and by_time[0] < by_time[-1]
+    assert chosen(minutes=30) < chosen(minutes=30, peak_flops=4e14)
+    assert chosen(max_tokens=10_000_000) < chosen(max_tokens=1_000_000_000)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -170,6 +185,7 @@ def test_given_weights_decide_the_architecture() -> None:
         norm="layernorm",
     )
     facts = replace(FACTS, model=base)
+    assert resolve(_config(initialize_from="x"), facts).config.size == 3
     resolved = resolve(_config(initialize_from="x", size=9), facts)
     assert resolved.model == base
     assert resolved.config.model.norm == "layernorm"

@@ -39,7 +39,8 @@ from minigpt.train.validation import Validator
 _HEAP_BYTES = 4 << 30  # address space, not memory
 _MEASURE_SHARE = 0.05
 _MEASURE_STEPS = (3, 30)
-_RESERVE = 0.03
+_RESERVE = 0.03  # for saves
+_DEFAULT_VALIDATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,13 @@ def fit_minutes(config: TrainConfig, parts: Build, clock: Clock, started: float)
     begin = clock.monotonic()
     parts.validator.score(parts.model)
     now = clock.monotonic()
-    # Ten validations by default; the rest of the reserve is for saves.
-    left = (1 - _RESERVE) * budget - (now - started) - 10 * (now - begin)
+    validation_seconds = now - begin
+    every = config.validation.every
+    # By default a tenth of the steps; in any case one at the end.
+    validations = _DEFAULT_VALIDATIONS if every == "auto" else 1
+    left = (1 - _RESERVE) * budget - (now - started) - validations * validation_seconds
+    if isinstance(every, int) and every > 0:
+        step_seconds += validation_seconds / every
     steps = max(1, int(left / step_seconds))
     log.info("fitted to the time", minutes=config.minutes, steps=steps, step_seconds=step_seconds)
     return with_steps(config, steps)

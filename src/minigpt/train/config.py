@@ -159,8 +159,9 @@ class TrainConfig(Config):
     data: str | DataConfig
     """Path of a dataset artifact; or how to prepare one: DataConfig's keys, or the path of a YAML
     file of them, relative to the recipe."""
-    size: int = Field(default=4, ge=1, le=128)
-    """The one dial: layers. Width, heads, batch, learning rates and budget follow from it."""
+    size: Annotated[int, Field(ge=1, le=128)] | Auto = "auto"
+    """The one dial: layers. Width, heads, batch, learning rates and budget follow from it; auto
+    is the largest that `minutes` or `max_tokens` trains well on this machine, 4 without them."""
     model: ModelOverrides = ModelOverrides()
     """The architecture, where it is not to follow from `size`."""
     initialize_from: str | None = None

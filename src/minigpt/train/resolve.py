@@ -26,7 +26,15 @@ from minigpt.train.config import (
 _HEAD_DIM = 64
 _TOKENS_PER_PARAMETER = 12
 """Near the compute optimum per (matrix + head) parameter that nanochat measures (10.5)."""
+_SMALL_MODEL, _SMALL_EXPONENT = 1e8, 0.45
+"""Below that many parameters fewer tokens do: 1.5 per parameter at one million, as measured in
+minutes of training on two kinds of machine (docs/lab-notes.md)."""
+_DEFAULT_SIZE, _LARGEST_SIZE = 4, 128
 _EXPECTED_MFU = 0.4
+_CPU_CHANNEL_SECONDS = 1e-7
+"""What a token costs a CPU thread besides the matrix products, per layer and channel."""
+_TRAINING_SHARE = 0.8
+"""Of a budget in minutes; the rest is imports, compiling, validation and saves."""
 _COMPILE_PAYS_SECONDS = 60.0
 _CHUNK_LOGITS = 1 << 24
 _REFERENCE_TOKENS, _REFERENCE_BATCH, _BATCH_EXPONENT = 1.1e9, 1 << 19, 0.383
@@ -69,6 +77,7 @@ def resolve(config: TrainConfig, facts: Facts) -> Resolved:
     Raises:
         ConfigError: Values that can't work together; the message names them.
     """
+    config = config.replace(size=_resolve_size(config, facts))
     sequence_length = _choose(config.batch.sequence_length, _sequence_length(config, facts))
     overrides, model = _resolve_model(config, facts, sequence_length)
     if sequence_length > model.context_length:
@@ -83,7 +92,7 @@ def resolve(config: TrainConfig, facts: Facts) -> Resolved:
     # Final, or where `minutes` decides a first idea.
     steps = _choose(config.steps, max(1, round(tokens / batch.tokens_per_step)))
     tokens = float(steps * batch.tokens_per_step)
-    seconds = tokens * model.flops_per_token(sequence_length) / facts.peak_flops / _EXPECTED_MFU
+    seconds = tokens * _token_seconds(facts, model, sequence_length)
     resolved = config.replace(
         model=overrides,
         batch=batch,
@@ -128,7 +137,42 @@ def _choose(value: T | str, derived: T) -> T:
     return derived if value == "auto" else value  # type: ignore[return-value]
 
 
+def _resolve_size(config: TrainConfig, facts: Facts) -> int:
+    """Return the largest size that the budget trains well, the usual one without a budget."""
+    if config.size != "auto":
+        return config.size
+    if facts.model is not None:
+        return facts.model.num_layers
+    if config.minutes is None and config.max_tokens is None:
+        return _DEFAULT_SIZE
+    best = 1
+    for size in range(1, _LARGEST_SIZE + 1):
+        sized = config.replace(size=size)
+        length = _choose(config.batch.sequence_length, _sequence_length(sized, facts))
+        _, model = _resolve_model(sized, facts, length)
+        if _token_budget(sized, facts, model, length) < _tokens_wanted(model):
+            break
+        best = size
+    return best
+
+
+def _tokens_wanted(model: ModelConfig) -> float:
+    parameters = model.parameter_counts().matmul
+    smallness = min(1.0, parameters / _SMALL_MODEL) ** _SMALL_EXPONENT
+    return _TOKENS_PER_PARAMETER * smallness * parameters
+
+
+def _token_seconds(facts: Facts, model: ModelConfig, sequence_length: int) -> float:
+    """Estimate the time of a token, forward and backward."""
+    products = model.flops_per_token(sequence_length) / facts.peak_flops
+    if facts.device != "cpu":
+        return products / _EXPECTED_MFU
+    channels = model.num_layers * model.hidden_size
+    return products + channels * _CPU_CHANNEL_SECONDS / facts.threads
+
+
 def _sequence_length(config: TrainConfig, facts: Facts) -> int:
+    assert config.size != "auto"
     by_size = 256 if config.size <= 6 else 512 if config.size <= 8 else 1024
     by_size = 2048 if config.size > 16 else by_size
     limits = [config.model.context_length, facts.model.context_length if facts.model else "auto"]
@@ -148,6 +192,7 @@ def _resolve_model(
             f"{facts.vocab_size} tokens",
             remedy="leave it at auto",
         )
+    assert config.size != "auto"
     hidden_size = _choose(given.hidden_size, _HEAD_DIM * config.size)
     head_dim = given.head_dim
     if head_dim == "auto" and given.num_heads != "auto":
@@ -204,8 +249,8 @@ def _token_budget(
     if config.max_tokens is not None:
         return float(config.max_tokens)
     if config.minutes is not None:
-        speed = _EXPECTED_MFU * facts.peak_flops / model.flops_per_token(sequence_length)
-        return 60 * config.minutes * speed
+        seconds = _TRAINING_SHARE * 60 * config.minutes
+        return seconds / _token_seconds(facts, model, sequence_length)
     return float(_TOKENS_PER_PARAMETER * model.parameter_counts().matmul)
 
 
@@ -217,7 +262,7 @@ def _resolve_batch(
     if given.tokens_per_step == "auto":
         ideal = _REFERENCE_BATCH * (tokens / _REFERENCE_TOKENS) ** _BATCH_EXPONENT
         ideal = min(ideal, tokens / _LEAST_STEPS)
-        rows = max(8, 2 ** round(math.log2(max(1.0, ideal / sequence_length))))
+        rows = max(8, 2 ** math.floor(math.log2(max(1.0, ideal / sequence_length))))
         rows = max(1, min(rows, windows) // least) * least
     else:
         rows = given.tokens_per_step // sequence_length

@@ -283,7 +283,7 @@ def _restore(
 def show_resolved(recipe: TrainConfig, resolved: TrainConfig, model: ModelConfig) -> None:
     """Print each derived value, and the sizes that follow from them."""
     rows = [
-        (key, str(value), f"from size = {recipe.size}" if key.startswith("model.") else "auto")
+        (key, str(value), f"from size = {resolved.size}" if key.startswith("model.") else "auto")
         for key, old, value in resolved_values(recipe, resolved)
         if old == "auto"
     ]
