@@ -158,7 +158,7 @@ def _resolve_size(config: TrainConfig, facts: Facts) -> int:
 
 def _tokens_wanted(model: ModelConfig) -> float:
     parameters = model.parameter_counts().matmul
-    smallness = min(1.0, parameters / _SMALL_MODEL) ** _SMALL_EXPONENT
+    smallness = math.pow(min(1.0, parameters / _SMALL_MODEL), _SMALL_EXPONENT)
     return _TOKENS_PER_PARAMETER * smallness * parameters
 
 
