@@ -27,7 +27,6 @@ from minigpt.core.errors import ArtifactError, ConfigError, TrainingError
 from minigpt.core.storage import storage_errors, write_atomic
 from minigpt.core.telemetry import get_logger
 from minigpt.model.config import ModelConfig
-from minigpt.model.weights import DTYPES
 from minigpt.train.build import (
     Build,
     Sources,
@@ -45,6 +44,7 @@ from minigpt.train.interrupt import TrainingInterruptedError
 from minigpt.train.loop import Outputs, Speedometer, TrainLoop
 from minigpt.train.machine import measured_peak, numeric_environment
 from minigpt.train.metrics import MetricsLog, check_steps, truncate
+from minigpt.train.precision import product_dtype
 from minigpt.train.trackers import make_tracker
 
 CONFIG_FILE = "config.yaml"
@@ -198,7 +198,7 @@ def _run(
     check_steps(run_dir / METRICS_FILE, state.step)
     speedometer = Speedometer(
         parts.model.config.flops_per_token(config.batch.sequence_length),
-        measured_peak(config.device, DTYPES[config.precision]),
+        measured_peak(config.device, product_dtype(config.precision)),
     )
     outputs = Outputs(
         store,

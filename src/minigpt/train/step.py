@@ -1,24 +1,24 @@
-"""One optimizer update: forward and backward over the micro-batches of a global batch."""
+"""One optimizer update from the micro-batches of a global batch, alike on every rank."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from minigpt.data.loader import Batch
-from minigpt.model.attention import Attention, CausalAttention
-from minigpt.model.decoder import Decoder, Runner, call
-from minigpt.train.attention import MatmulAttention
-from minigpt.train.objective import IGNORED_TARGET, cross_entropy_sum
+from minigpt.model.decoder import Decoder
+from minigpt.train.config import MemoryConfig
+from minigpt.train.gradients import clip_gradients, gradient_norm
+from minigpt.train.mesh import AXES, DATA_AXES
+from minigpt.train.objective import IGNORED_TARGET
 from minigpt.train.optimizer import Optimizer
-
-# Longer rows on a CPU would spend their time and memory on the upper triangle.
-_MATMUL_ATTENTION_TOKENS = 1024
+from minigpt.train.parallelize import Spread, alone
+from minigpt.train.passes import LocalPasses, Passes
+from minigpt.train.precision import LossScale
 
 
 class StepResult(NamedTuple):
@@ -31,7 +31,10 @@ class StepResult(NamedTuple):
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or the gradient is NaN or infinite; the parameters are untouched."""
+    """The loss or the gradient is NaN or infinite; the parameters are untouched.
+
+    Raised on every rank of a run, whichever of them saw it.
+    """
 
 
 @dataclass(frozen=True)
@@ -43,27 +46,51 @@ class StepOptions:
     dtype: torch.dtype
     """Of matrix products."""
     clip_norm: float | None = None
+    """Largest norm of the whole gradient; None never clips."""
     compile: bool = False
+    """Compile layers and loss."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """What is kept of the forward pass."""
+
+
+def make_passes(spread: Spread, options: StepOptions) -> Passes:
+    """Choose how the gradient of a global batch comes about on a mesh."""
+    return LocalPasses(
+        spread,
+        chunk_tokens=options.chunk_tokens,
+        dtype=options.dtype,
+        compile=options.compile,
+        memory=options.memory,
+    )
 
 
 class TrainStep:
-    """Runs updates of a model; compiled on first use where asked for."""
+    """Runs updates of a model; every rank of its mesh calls it at the same point."""
 
-    def __init__(self, model: Decoder, optimizer: Optimizer, options: StepOptions) -> None:
-        self._model = model
+    def __init__(
+        self,
+        model: Decoder,
+        optimizer: Optimizer,
+        options: StepOptions,
+        *,
+        spread: Spread | None = None,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            model: Whose parameters learn.
+            optimizer: Of those parameters.
+            options: How a step computes.
+            spread: How the model is laid over a mesh; None is one process.
+        """
+        spread = spread or alone(model)
+        self._mesh, self._cuts = spread.mesh, spread.cuts
         self._optimizer = optimizer
-        self._options = options
+        self._clip_norm = options.clip_norm
+        self._passes = make_passes(spread, options)
         self._parameters = list(model.parameters())
         self._device = self._parameters[0].device
-        self._run: Runner = call
-        self._cross_entropy_sum = cross_entropy_sum
-        if options.compile:
-            # One layer is compiled and serves all: compiling the whole model takes as many
-            # times longer as it has layers, and runs no faster.
-            # dynamic=False: shapes are fixed, and code that depends on the history of shapes
-            # would differ, in its last bits, after a resume.
-            self._run = torch.compile(call, dynamic=False)
-            self._cross_entropy_sum = torch.compile(cross_entropy_sum, dynamic=False)
+        self.loss_scale = LossScale() if options.dtype == torch.float16 else None
 
     def run(
         self,
@@ -74,9 +101,10 @@ class TrainStep:
         """Accumulate gradients over `batches`, clip them and update the parameters.
 
         Args:
-            batches: The micro-batches of one global batch.
+            batches: This data rank's micro-batches of one global batch (`Mesh.micro_batches`).
             learning_rate_factor: Factor of the peak learning rates.
-            should_stop: Asked before each micro-batch.
+            should_stop: Asked before each micro-batch; with several processes once, before the
+                first, and what one rank says all do.
 
         Returns:
             The result, or None where `should_stop` said so: then nothing has changed.
@@ -89,62 +117,58 @@ class TrainStep:
             self._optimizer.zero_grad()
             return None
         grad_norm = self.clip_gradients()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        while not self._all_finite(loss, grad_norm):
             self._optimizer.zero_grad()
-            raise NonFiniteError(f"loss is {loss}, the gradient's norm is {grad_norm}")
+            if self.loss_scale is None or not self.loss_scale.lower():
+                raise NonFiniteError(f"loss is {loss}, the gradient's norm is {grad_norm}")
+            # float16 overflowed: the same batches again, none is skipped.
+            loss = self.accumulate(batches)
+            assert loss is not None
+            grad_norm = self.clip_gradients()
         self._optimizer.step(learning_rate_factor)
         self._optimizer.zero_grad()
+        if self.loss_scale is not None:
+            self.loss_scale.succeeded()
         return StepResult(loss, grad_norm)
 
     def accumulate(
         self, batches: Sequence[Batch], should_stop: Callable[[], bool] = lambda: False
     ) -> float | None:
-        """Add the gradient of the mean loss over all valid targets of all `batches`.
+        """Form the gradient of the mean loss over all valid targets of the global batch.
 
         Returns:
             The mean loss, or None where stopped half way.
         """
         valid = sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches)
-        assert valid, "a global batch without a single target"
-        total = 0.0
-        for batch in batches:
-            if should_stop():
+        if not self._mesh.is_single:
+            stop = should_stop()
+            valid = self._sum(valid, *DATA_AXES)
+            if self._sum(stop, *AXES):
                 return None
-            loss = self._loss_sum(batch)
-            # Divided by the global count, not the micro-batch's: each token weighs the same.
-            (loss / valid).backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        return total / valid
+            should_stop = _never
+        assert valid, "a global batch without a single target"
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        total = self._passes.run(batches, valid / scale, should_stop)
+        return None if total is None else total / valid
 
     def clip_gradients(self) -> float:
         """Scale the gradient down to `clip_norm` where it is longer; return its norm before."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self._options.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._options.clip_norm, norm)
+        if self.loss_scale is not None:
+            self.loss_scale.unscale(self._parameters)
+        norm = gradient_norm(self._parameters, self._mesh, self._cuts)
+        if self._clip_norm is not None:
+            clip_gradients(self._parameters, norm, self._clip_norm)
         return float(norm)
 
-    def _loss_sum(self, batch: Batch) -> Tensor:
-        tensors = (batch.tokens, batch.targets, batch.positions, batch.documents)
-        tokens, targets, positions, documents = (
-            t.to(self._device, non_blocking=True) for t in tensors
-        )
-        attention = self._attention(documents)
-        mixed = self._options.dtype != self._parameters[0].dtype
-        with torch.autocast(self._device.type, dtype=self._options.dtype, enabled=mixed):
-            hidden = self._model(tokens, positions, attention, self._run)
-        return self._cross_entropy_sum(
-            hidden.flatten(0, 1),
-            self._model.output_weight,
-            targets.flatten(),
-            chunk_tokens=self._options.chunk_tokens,
-            dtype=self._options.dtype,
-        )
+    def _all_finite(self, loss: float, grad_norm: float) -> bool:
+        """Vote: a rank that alone went on, or alone stopped, would leave the others hanging."""
+        return not self._sum(not (math.isfinite(loss) and math.isfinite(grad_norm)), *AXES)
 
-    def _attention(self, documents: Tensor) -> Attention:
-        window = self._model.config.sliding_window
-        if self._device.type == "cpu" and documents.shape[1] <= _MATMUL_ATTENTION_TOKENS:
-            return MatmulAttention(documents, window)
-        if bool((documents == documents[:, :1]).all()):
-            return CausalAttention(None, window)  # the causal kernel needs no mask
-        return CausalAttention(documents, window)
+    def _sum(self, value: int, *axes: str) -> int:
+        if self._mesh.is_single:
+            return int(value)
+        return int(self._mesh.sum(torch.tensor(int(value), device=self._device), *axes))
+
+
+def _never() -> bool:
+    return False
