@@ -22,6 +22,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         "output_bias": True, "qk_norm": False, "num_kv_heads": 4,
     },
     "mistral": {"qk_norm": False, "sliding_window": 9},
+    "qwen3-moe": {"num_experts": 6, "experts_per_token": 2, "expert_intermediate_size": 24},
 }  # fmt: skip
 
 

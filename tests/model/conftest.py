@@ -39,6 +39,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
     "rope_theta": 1000.0,
 }
+QWEN3_MOE = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": False,
+}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
@@ -76,6 +82,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "max_window_layers": 0,
         },
     ),
+    "qwen3-moe": ("Qwen3Moe", ROTARY | QWEN3_MOE),
+    "qwen3-moe-scaled-window": (
+        "Qwen3Moe",
+        ROTARY
+        | QWEN3_MOE
+        | {
+            "head_dim": 32,
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 0,
+        },
+    ),
+    "mixtral": ("Mixtral", ROTARY | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
 

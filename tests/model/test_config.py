@@ -58,6 +58,7 @@ def test_gpt2s_size_is_the_published_one() -> None:
         ({"num_layers": 0}, "num_layers = 0: must be at least 1"),
         ({"sliding_window": 0}, "sliding_window = 0: must be at least 1"),
         ({"rope_theta": 0}, "rope_theta = 0: must be greater than 0"),
+        ({"num_experts": 4, "experts_per_token": 5}, "experts_per_token = 5 exceeds num_experts"),
         ({"norm": "batchnorm"}, "norm = 'batchnorm': must be 'rmsnorm' or 'layernorm'"),
         ({"hidden": 3}, "unknown key 'hidden': did you mean 'hidden_size'?"),
     ],

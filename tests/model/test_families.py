@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from minigpt.model.attention import CausalAttention
 from minigpt.model.hf import config_from_hf, config_to_hf
+from minigpt.model.moe import Experts
 from minigpt.model.weights import LoadedModel, load_model, save_model
 
 TOLERANCE = 1e-5
@@ -100,4 +101,7 @@ def test_parameter_count_is_the_models(family: str, hf_directory: Callable[[str]
     assert counts.total == sum(p.numel() for p in loaded.model.parameters())
     matrices = (p for name, p in loaded.model.named_parameters() if p.dim() == 2)
     looked_up = counts.embedding - loaded.config.tie_embeddings * loaded.model.output_weight.numel()
-    assert counts.matmul == sum(p.numel() for p in matrices) - looked_up
+    experts = [m for m in loaded.model.modules() if isinstance(m, Experts)]
+    idle = loaded.config.num_experts - loaded.config.experts_per_token
+    unused = sum(idle * sum(p.numel() for p in layer["0"].parameters()) for layer in experts)
+    assert counts.matmul == sum(p.numel() for p in matrices) - looked_up - unused

@@ -200,3 +200,12 @@ def test_overrides_mirror_the_model_config() -> None:
     for name, info in ModelConfig.model_fields.items():
         if name in mirrored and not info.is_required():
             assert ModelOverrides.model_fields[name].default == info.default, name
+
+
+def test_experts_are_never_compiled() -> None:
+    experts = {"num_experts": 4, "expert_intermediate_size": 96}
+    resolved = resolve(_config(minutes=5, model=experts), FACTS)
+    assert resolved.config.compile is False
+    assert resolved.model.num_experts == 4
+    with pytest.raises(ConfigError, match=r"compile = true with model\.num_experts = 4"):
+        resolve(_config(compile=True, steps=10, model=experts), FACTS)

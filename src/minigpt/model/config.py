@@ -38,7 +38,7 @@ class ParameterCounts:
     """Token and learned position embeddings: looked up, not multiplied."""
     matmul: int
     """Weights that every token is multiplied with, the output projection (tied or not)
-    included, biases and norms not: the N of 6 N."""
+    included, biases and norms not: the N of 6 N. Of the experts those that a token takes."""
 
 
 class ModelConfig(Config):
@@ -84,6 +84,16 @@ class ModelConfig(Config):
     """Share the token embedding with the output projection."""
     sliding_window: int | None = None
     """A token sees this many latest tokens, itself included; None is all."""
+    num_experts: int = Field(0, ge=0)
+    """MLPs in each layer, of which a token takes a few; 0 is one MLP for all."""
+    experts_per_token: int = Field(2, ge=1)
+    """Experts that each token goes through."""
+    expert_intermediate_size: int | None = Field(None, ge=1)
+    """Width inside an expert; None is intermediate_size."""
+    norm_topk_prob: bool = True
+    """Scale the weights of a token's experts to a sum of 1."""
+    router_bias: bool = True
+    """Steer the choice of experts by a bias that evens out their load."""
     eos_token_id: int | None = None
     """The token that ends a text."""
     stop_token_ids: tuple[int, ...] = ()
@@ -117,21 +127,32 @@ class ModelConfig(Config):
             )
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim}: rotary positions need an even width")
+        if self.num_experts and self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token} exceeds "
+                f"num_experts = {self.num_experts}"
+            )
         return self
 
     def parameter_counts(self) -> ParameterCounts:
         """Count parameters from the shape alone."""
         width, queries = self.hidden_size, self.num_heads * self.head_dim
         keys = self.num_kv_heads * self.head_dim
-        inner = self.intermediate_size
+        inner, mlps, router = self.intermediate_size, 1, 0
+        if self.num_experts:
+            inner = self.expert_intermediate_size or self.intermediate_size
+            mlps, router = self.num_experts, self.num_experts * width
         gated = self.mlp == "swiglu"
-        per_layer = width * (2 * queries + 2 * keys) + width * inner * (3 if gated else 2)
+        mlp = width * inner * (3 if gated else 2)
+        used = min(self.experts_per_token, mlps)
+        per_layer = width * (2 * queries + 2 * keys) + router + mlp * used
         matmul = self.num_layers * per_layer + self.vocab_size * width
+        per_layer += mlp * (mlps - used)
 
         norm = width * (2 if self.norm == "layernorm" else 1)
         small = 2 * norm
         small += (queries + 2 * keys) * self.qkv_bias + width * self.output_bias
-        small += (inner * (2 if gated else 1) + width) * self.mlp_bias
+        small += (inner * (2 if gated else 1) + width) * self.mlp_bias * mlps
         small += 2 * self.head_dim * self.qk_norm
 
         embedding = self.vocab_size * width

@@ -1,4 +1,4 @@
-"""The decoder: one model for GPT-2, Llama, Mistral, Qwen2 and Qwen3.
+"""The decoder: one model for GPT-2, Llama, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3-MoE.
 
 Attention is passed in, so that training (packed documents) and serving (paged KV cache) run
 the same code; see `model.attention`.
@@ -17,6 +17,7 @@ from minigpt.model.attention import Attention
 from minigpt.model.config import ModelConfig
 from minigpt.model.layers import DecoderLayer, RotaryEmbedding, make_norm
 from minigpt.model.linear import Int8Embedding, Int8Linear
+from minigpt.model.moe import Router
 
 
 class Runner(Protocol):
@@ -126,7 +127,7 @@ class Decoder(nn.Module):
         loss is close to ln V. Other matrices have deviation 1 / sqrt(fan in), which keeps the
         variance of a normalised input; those that write to the residual stream 1 / sqrt(2 L)
         of that, so that its variance does not grow with depth (GPT-2). Norms are ones, biases
-        zeros.
+        zeros, those of the routers too.
 
         Args:
             generator: On the device of the parameters.
@@ -145,3 +146,6 @@ class Decoder(nn.Module):
                 if owner in ("o_proj", "down_proj"):
                     deviation *= to_stream
                 parameter.normal_(0.0, deviation, generator=generator)
+        for module in self.modules():
+            if isinstance(module, Router) and module.bias is not None:
+                module.bias.zero_()

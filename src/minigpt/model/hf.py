@@ -79,6 +79,8 @@ def family_of(config: ModelConfig) -> str:
     if config.stop_token_ids and config.eos_token_id is None:
         return "minigpt"
     if (config.norm, config.position, config.mlp) == ("layernorm", "learned", "gelu"):
+        if config.num_experts:
+            return "minigpt"
         biased = config.qkv_bias and config.output_bias and config.mlp_bias
         plain = not config.qk_norm and config.sliding_window is None
         multi_head = config.num_kv_heads == config.num_heads and square
@@ -86,6 +88,8 @@ def family_of(config: ModelConfig) -> str:
     if (config.norm, config.position, config.mlp) != ("rmsnorm", "rope", "swiglu"):
         return "minigpt"
     all_bias = config.qkv_bias == config.output_bias
+    if config.num_experts:
+        return _moe_family(config, all_bias and not config.mlp_bias)
     if config.qk_norm:
         return "qwen3" if all_bias and not config.mlp_bias else "minigpt"
     if config.qkv_bias and not config.output_bias and not config.mlp_bias and square:
@@ -94,6 +98,16 @@ def family_of(config: ModelConfig) -> str:
     if all_bias and config.sliding_window is None and config.hidden_size % config.num_heads == 0:
         return "llama"
     return "minigpt" if config.qkv_bias or config.output_bias or config.mlp_bias else "mistral"
+
+
+def _moe_family(config: ModelConfig, plain: bool) -> str:
+    if config.router_bias or not plain:
+        return "minigpt"
+    if config.qk_norm:
+        return "qwen3_moe"
+    # Mixtral has one width for its experts and scales their weights always.
+    narrow = config.expert_intermediate_size is not None or not config.norm_topk_prob
+    return "minigpt" if narrow or config.qkv_bias else "mixtral"
 
 
 def _read_gpt2(tree: Tree) -> dict[str, Any]:
@@ -169,6 +183,40 @@ def _read_qwen3(tree: Tree) -> dict[str, Any]:
     }
 
 
+def _read_qwen3_moe(tree: Tree) -> dict[str, Any]:
+    _only(tree, "decoder_sparse_step", (1,))
+    _only(tree, "mlp_only_layers", ([], None))
+    biased = tree.get("attention_bias", False)
+    sliding = tree.get("use_sliding_window", False)
+    return _rotary(tree, kv_heads=4, context=32_768) | {
+        "qkv_bias": biased,
+        "output_bias": biased,
+        "qk_norm": True,
+        "sliding_window": tree.get("sliding_window", 4096) if sliding else None,
+        "expert_intermediate_size": tree.get("moe_intermediate_size", 768),
+        "norm_topk_prob": tree.get("norm_topk_prob", False),
+        **_experts(tree, count=128, per_token=8),
+        **_special_tokens(tree),
+    }
+
+
+def _read_mixtral(tree: Tree) -> dict[str, Any]:
+    return _rotary(tree, kv_heads=8, context=131_072) | {
+        "qk_norm": False,
+        "sliding_window": tree.get("sliding_window"),
+        **_experts(tree, count=8, per_token=2),
+        **_special_tokens(tree, eos=2, bos=1),
+    }
+
+
+def _experts(tree: Tree, *, count: int, per_token: int) -> dict[str, Any]:
+    return {
+        "num_experts": tree.get("num_experts", tree.get("num_local_experts", count)),
+        "experts_per_token": tree.get("num_experts_per_tok", per_token),
+        "router_bias": False,
+    }
+
+
 def _read_minigpt(tree: Tree) -> dict[str, Any]:
     ours = ("model_type", "architectures", "torch_dtype", "quantization_config")
     return {key: value for key, value in tree.items() if key not in ours}
@@ -180,6 +228,8 @@ _READERS: dict[str, Callable[[Tree], dict[str, Any]]] = {
     "mistral": _read_mistral,
     "qwen2": _read_qwen2,
     "qwen3": _read_qwen3,
+    "qwen3_moe": _read_qwen3_moe,
+    "mixtral": _read_mixtral,
     "minigpt": _read_minigpt,
 }
 
@@ -302,7 +352,14 @@ def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-_CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+}
 
 
 def _write_rotary(config: ModelConfig, family: str) -> dict[str, Any]:
@@ -320,16 +377,23 @@ def _write_rotary(config: ModelConfig, family: str) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_scaling": _write_scaling(config.rope_scaling),
     }
-    if family in ("llama", "qwen3"):
+    if family in ("llama", "qwen3", "qwen3_moe"):
         written["attention_bias"] = config.qkv_bias
     if family == "llama":
         written["mlp_bias"] = config.mlp_bias
-    if family == "mistral":
+    if family in ("mistral", "mixtral"):
         written["sliding_window"] = config.sliding_window
-    if family in ("qwen2", "qwen3"):
+    if family in ("qwen2", "qwen3", "qwen3_moe"):
         written["use_sliding_window"] = config.sliding_window is not None
         written["sliding_window"] = config.sliding_window
         written["max_window_layers"] = 0 if config.sliding_window else config.num_layers
+    if config.num_experts:
+        key = "num_experts" if family == "qwen3_moe" else "num_local_experts"
+        written |= {key: config.num_experts, "num_experts_per_tok": config.experts_per_token}
+    if family == "qwen3_moe":
+        inner = config.expert_intermediate_size or config.intermediate_size
+        written |= {"moe_intermediate_size": inner, "norm_topk_prob": config.norm_topk_prob}
+        written |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
     return written
 
 

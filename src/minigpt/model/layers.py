@@ -1,4 +1,4 @@
-"""The parts of a decoder: norms, rotary positions, attention projections, MLPs.
+"""The parts of a decoder: norms, rotary positions, attention projections, the layer.
 
 Parameter names are those of Hugging Face's Llama, so that most families need no renaming.
 """
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from minigpt.model.attention import Attention
 from minigpt.model.config import ModelConfig, RopeScaling
+from minigpt.model.mlp import make_mlp
+from minigpt.model.moe import MixtureOfExperts
 
 
 class Rotation(NamedTuple):
@@ -133,36 +135,6 @@ class SelfAttention(nn.Module):
         return self.o_proj(mixed.flatten(-2))  # type: ignore[no-any-return]
 
 
-class SwiGLU(nn.Module):
-    """Gated SiLU (https://arxiv.org/abs/2002.05202)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(width, inner, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(width, inner, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(inner, width, bias=config.mlp_bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
-        gated = F.silu(self.gate_proj(hidden)) * self.up_proj(hidden)
-        return self.down_proj(gated)  # type: ignore[no-any-return]
-
-
-class GeluMLP(nn.Module):
-    """GELU in its tanh form, as GPT-2 has it."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
-        inner = F.gelu(self.up_proj(hidden), approximate="tanh")
-        return self.down_proj(inner)  # type: ignore[no-any-return]
-
-
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
@@ -171,7 +143,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = make_norm(config)
         self.self_attn = SelfAttention(config, layer)
         self.post_attention_layernorm = make_norm(config)
-        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else GeluMLP(config)
+        self.mlp: nn.Module
+        if config.num_experts:
+            self.mlp = MixtureOfExperts(config)
+        else:
+            self.mlp = make_mlp(config, config.intermediate_size)
 
     def forward(self, hidden: Tensor, rotation: Rotation | None, attention: Attention) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""

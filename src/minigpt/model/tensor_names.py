@@ -1,7 +1,8 @@
 """Tensor names and layouts of Hugging Face's files, to the decoder's own and back.
 
-The decoder's names are Llama's, so only GPT-2 needs work: its names differ, its linear weights
-are stored (in, out), and query, key and value share one tensor. Everything here only renames,
+The decoder's names are Llama's (of experts Qwen3-MoE's), so little needs work. Mixtral's experts
+are renamed. GPT-2's names differ, its linear weights are stored (in, out), and query, key and
+value share one tensor. Everything here only renames,
 transposes, splits and joins: no bit of a value changes.
 """
 
@@ -31,6 +32,12 @@ _GPT2_LINEAR = {
     "mlp.c_proj": "mlp.down_proj",
 }
 _QKV = ("q_proj", "k_proj", "v_proj")
+_MIXTRAL = {
+    ".block_sparse_moe.": ".mlp.",
+    ".w1.weight": ".gate_proj.weight",
+    ".w2.weight": ".down_proj.weight",
+    ".w3.weight": ".up_proj.weight",
+}
 
 
 def from_hf(stored: Mapping[str, Tensor], family: str) -> Tensors:
@@ -51,15 +58,20 @@ def from_hf(stored: Mapping[str, Tensor], family: str) -> Tensors:
             continue
         if family == "gpt2":
             tensors |= _from_gpt2(name, tensor)
-        elif name.startswith(("layers.", "embed_tokens.", "norm.")):
-            tensors[f"model.{name}"] = tensor
-        else:
-            tensors[name] = tensor
+            continue
+        if family == "mixtral":
+            name = _replaced(name, _MIXTRAL)
+        if name.startswith(("layers.", "embed_tokens.", "norm.")):
+            name = f"model.{name}"
+        tensors[name] = tensor
     return tensors
 
 
 def to_hf(state: Mapping[str, Tensor], family: str) -> Tensors:
     """Rename a decoder's state dict to the names of a family's files."""
+    if family == "mixtral":
+        back = {ours: theirs for theirs, ours in _MIXTRAL.items()}
+        return {_replaced(name, back): tensor for name, tensor in state.items()}
     if family != "gpt2":
         return dict(state)
     tensors: Tensors = {}
@@ -83,6 +95,12 @@ def to_hf(state: Mapping[str, Tensor], family: str) -> Tensors:
     for name, pieces in parts.items():
         tensors[name] = torch.cat(pieces, dim=-1)
     return tensors
+
+
+def _replaced(name: str, parts: Mapping[str, str]) -> str:
+    for old, new in parts.items():
+        name = name.replace(old, new)
+    return name
 
 
 def _from_gpt2(name: str, tensor: Tensor) -> Tensors:

@@ -37,6 +37,7 @@ from minigpt.train.memory import check_fits, describe_workload, layers_to_recomp
 from minigpt.train.mesh import AXES, Mesh, check_model
 from minigpt.train.optimizer import Optimizer
 from minigpt.train.parallelize import check_compression, gathered, spread
+from minigpt.train.pipeline_parallel import Stage, count_pieces
 from minigpt.train.precision import check_offload, check_precision, product_dtype, use_float8
 from minigpt.train.resolve import Facts, Resolved, resolve, with_steps
 from minigpt.train.step import NonFiniteError, StepOptions, TrainStep
@@ -159,6 +160,10 @@ def check_mesh(config: TrainConfig, model: ModelConfig) -> None:
     assert isinstance(batch.sequence_length, int)
     count = micro_batches(config)
     check_model(config.mesh, model, micro_batches=count, sequence_length=batch.sequence_length)
+    if config.mesh.pp > 1:
+        share = count // config.mesh.data_size
+        assert isinstance(batch.micro_batch_size, int)
+        count_pieces(config.mesh, share, share * batch.micro_batch_size)
     if config.mesh.reduce == "tree":
         check_tree(count, config.mesh.data_size)
 
@@ -182,7 +187,7 @@ def take_batches(loader: BatchLoader, mesh: Mesh, count: int) -> list[Batch]:
 class Build:
     """A run's parts, at step 0."""
 
-    model: Decoder
+    model: Decoder | Stage
     """Spread over the mesh: its parameters may be shards."""
     optimizer: Optimizer
     step: TrainStep
@@ -195,7 +200,9 @@ class Build:
 
         The model itself where it is whole on each rank, else a copy, see `parallelize.gathered`.
         """
-        return self.model if self.mesh.size(*AXES) == self.mesh.size("dp") else gathered(self.model)
+        if isinstance(self.model, Decoder) and self.mesh.size(*AXES) == self.mesh.size("dp"):
+            return self.model
+        return gathered(self.model, self.mesh)
 
 
 def build(
@@ -229,13 +236,14 @@ def build(
     if config.precision == "float8":
         use_float8(model)
     laid = spread(model, mesh, dtype=dtype, offload=config.memory.offload_optimizer)
-    optimizer = Optimizer(model, config.optimizer)
+    optimizer = Optimizer(laid.model, config.optimizer)
     options = StepOptions(
         chunk_tokens=batch.loss_chunk_tokens,
         dtype=dtype,
         clip_norm=config.optimizer.clip_norm,
         compile=config.compile,
         memory=config.memory,
+        router_bias_rate=config.optimizer.router_bias_rate,
     )
     validator = Validator(
         sources.validation,
@@ -245,8 +253,8 @@ def build(
         dtype=str(dtype).removeprefix("torch."),
         seed=config.seed,
     )
-    step = TrainStep(model, optimizer, options, spread=laid)
-    return Build(model, optimizer, step, loader, validator, mesh)
+    step = TrainStep(laid.model, optimizer, options, spread=laid)
+    return Build(laid.model, optimizer, step, loader, validator, mesh)
 
 
 def fit_minutes(config: TrainConfig, parts: Build, clock: Clock, started: float) -> TrainConfig:

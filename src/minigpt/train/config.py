@@ -63,6 +63,16 @@ class ModelOverrides(Config):
     """Share the token embedding with the output projection."""
     sliding_window: int | None = None
     """A token sees this many latest tokens, itself included; null is all."""
+    num_experts: CountOrZero = 0
+    """MLPs in each layer, of which a token takes a few; 0 is one MLP for all."""
+    experts_per_token: Count = 2
+    """Experts that each token goes through."""
+    expert_intermediate_size: Count | None = None
+    """Width inside an expert; null is intermediate_size."""
+    norm_topk_prob: bool = True
+    """Scale the weights of a token's experts to a sum of 1."""
+    router_bias: bool = True
+    """Steer the choice of experts by a bias that evens out their load."""
 
 
 class BatchConfig(Config):
@@ -97,6 +107,8 @@ class OptimizerConfig(Config):
     """Muon's momentum (Nesterov)."""
     state_bits: Literal[8, 32] = 32
     """Of AdamW's two moments: 8 keeps them as block-wise quantized bytes, by torchao."""
+    router_bias_rate: float = Field(default=0.001, ge=0)
+    """By how much a step moves an expert's bias towards an even load, in units of probability."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest norm of the whole gradient; null never clips."""
 
@@ -200,6 +212,12 @@ class MeshConfig(Config):
             raise ValueError(
                 f"mesh.virtual_stages = {self.virtual_stages} with mesh.schedule = "
                 f"{self.schedule}: several stages a rank need interleaved or zero-bubble"
+            )
+        if self.schedule == "zero-bubble" and self.pp > 1 and self.fsdp > 1:
+            raise ValueError(
+                f"mesh.schedule = zero-bubble with mesh.fsdp = {self.fsdp}: torch's split backward "
+                "pass does not find the weights that FSDP has replaced by their shards; take "
+                "mesh.dp, or another schedule"
             )
         others = {name: getattr(self, name) for name in ("pp", "fsdp", "ep", "cp", "tp")}
         used = [f"mesh.{name} = {size}" for name, size in others.items() if size > 1]

@@ -205,14 +205,17 @@ def check_model(
         ConfigError: Naming the axis, what it would have to divide, and a remedy.
     """
     tp, cp, ep = config.tp, config.cp, config.ep
-    for name in ("num_heads", "num_kv_heads", "intermediate_size", "vocab_size"):
+    divided = ["num_heads", "num_kv_heads", "vocab_size"]
+    if not model.num_experts:  # experts are whole on each tp rank
+        divided.append("intermediate_size")
+    for name in divided:
         _require_multiple(f"model.{name}", getattr(model, name), "mesh.tp", tp)
     # Tensor parallel ranks keep the residual stream cut along the sequence.
     _require_multiple("batch.sequence_length", sequence_length, "mesh.tp x mesh.cp", tp * cp)
     # Each context parallel rank takes a piece from the front and its mirror image from the back.
     if cp > 1:
         _require_multiple("batch.sequence_length", sequence_length, "2 x mesh.cp", 2 * cp)
-    experts = getattr(model, "num_experts", 0)
+    experts = model.num_experts
     if ep > 1 and not experts:
         raise ConfigError(
             f"mesh.ep = {ep}, but the model has no experts to spread",
@@ -234,9 +237,6 @@ def check_model(
         "data ranks (mesh.dp x fsdp x ep)",
         data,
     )
-    share = micro_batches // data
-    if config.schedule == "interleaved" and config.pp > 1:
-        _require_multiple("micro-batches of a data rank", share, "mesh.pp", config.pp)
 
 
 def _require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:

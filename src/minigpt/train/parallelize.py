@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -28,8 +28,11 @@ from torch.nn.parallel import DistributedDataParallel
 from minigpt.core.errors import ConfigError
 from minigpt.model.decoder import Decoder
 from minigpt.train.config import MeshConfig
+from minigpt.train.expert_parallel import mixture_parameters, spread_experts, spread_parameters
+from minigpt.train.gather import union_over
 from minigpt.train.gradients import Cuts, complete_gradients, sum_gradients
 from minigpt.train.mesh import LOSS_AXES, Mesh
+from minigpt.train.pipeline_parallel import Cut, Stage, cut_stages
 from minigpt.train.tensor_parallel import apply_tensor_parallel
 
 _POWER_SGD_RANK = 4
@@ -41,8 +44,8 @@ _POWER_SGD_START = 10
 class Spread:
     """A model laid over a mesh."""
 
-    model: Decoder
-    """Its parameters are DTensors where they are sharded."""
+    model: Decoder | Stage
+    """Its parameters are DTensors where they are sharded; of a pipeline, all this rank's layers."""
     mesh: Mesh
     call: Callable[..., Tensor]
     """Runs the forward pass: the model, or a wrapper of it."""
@@ -52,6 +55,17 @@ class Spread:
     """Axes over which gradients are still to be summed after the last backward pass."""
     cuts: Cuts = field(default_factory=dict)
     """Axes along which plain parameters differ between ranks."""
+    cut: Cut | None = None
+    """This rank's stages of a pipeline."""
+
+    @property
+    def counted(self) -> list[nn.Parameter]:
+        """The parameters whose gradients count in the norm: a tied embedding's copy does not."""
+        copy = None
+        if self.cut is not None and not self.cut.held.is_first:
+            copy = self.cut.held.model.embed_tokens
+        copied = set() if copy is None else set(copy.parameters())
+        return [parameter for parameter in self.model.parameters() if parameter not in copied]
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Surround a micro-batch's passes.
@@ -69,6 +83,8 @@ class Spread:
             return
         parameters = list(self.model.parameters())
         complete_gradients(parameters)
+        # Tensor parallel ranks route their own part of the sequence through whole experts.
+        sum_gradients(mixture_parameters(self.model), self.mesh, ("tp",), self.cuts)
         sum_gradients(parameters, self.mesh, self.open_axes, self.cuts)
 
 
@@ -90,7 +106,7 @@ def spread(
     take those of their first rank.
 
     Args:
-        model: Initialised, on the mesh's device; of a pipeline, one stage.
+        model: Initialised, on the mesh's device.
         mesh: Of all ranks.
         dtype: Of matrix products. Layers under fsdp are gathered in it; gradients are summed
             in float32 at least.
@@ -100,27 +116,34 @@ def spread(
         ConfigError: The mesh asks for something that its backend can't do.
     """
     config = mesh.config
-    for axis in ("pp", "ep", "cp"):
-        if mesh.size(axis) > 1:
-            raise ConfigError(f"mesh.{axis} = {mesh.size(axis)}: this axis is not built yet")
-    tp, shards = mesh.submesh("tp"), mesh.submesh("dp", "fsdp")
+    tp, shards, experts = mesh.submesh("tp"), mesh.submesh("dp", "fsdp"), mesh.group("ep")
+    if experts is not None:
+        spread_experts(model, experts)
     if tp is not None:
         apply_tensor_parallel(model, tp)
+    cut = cut_stages(model, mesh) if config.pp > 1 else None
+    held = model if cut is None else cut.held
     open_axes: tuple[str, ...] = LOSS_AXES
     if config.fsdp > 1:
         assert shards is not None
-        _shard(model, shards, config, dtype, offload)
+        for part in [model] if cut is None else cut.stages:
+            _shard(part, shards, config, dtype, offload)
         open_axes = tuple(axis for axis in LOSS_AXES if axis not in ("dp", "fsdp"))
     elif config.reduce == "tree":
         open_axes = ()  # the passes sum by themselves, see `train.passes`
     elif config.size == config.dp > 1:
         ddp = _data_parallel(model, mesh)
         return Spread(model, mesh, ddp, divides_by=config.dp)
-    return Spread(model, mesh, model, open_axes=open_axes)
+    cuts = dict.fromkeys(spread_parameters(held), ("ep",))
+    return Spread(held, mesh, held, open_axes=open_axes, cuts=cuts, cut=cut)
 
 
 def _shard(
-    model: Decoder, mesh: DeviceMesh, config: MeshConfig, dtype: torch.dtype, offload: bool
+    model: Decoder | Stage,
+    mesh: DeviceMesh,
+    config: MeshConfig,
+    dtype: torch.dtype,
+    offload: bool,
 ) -> None:
     """Shard layer by layer, so that one layer's weights are gathered while another computes."""
     own = next(model.parameters()).dtype
@@ -129,7 +152,7 @@ def _shard(
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     reshard = config.reshard == "zero3"
-    for layer in model.model.layers:
+    for layer in model.model.layers.children():
         fully_shard(
             layer,
             mesh=mesh,
@@ -197,7 +220,7 @@ def check_compression(kind: str, device_type: str) -> None:
         )
 
 
-def gathered(model: Decoder) -> Decoder:
+def gathered(model: Decoder | Stage, mesh: Mesh) -> Decoder:
     """Return a plain copy of a spread-out model with all its weights; every rank must join.
 
     For validation, samples and the final model, whose code knows of one device. Takes the memory
@@ -206,6 +229,8 @@ def gathered(model: Decoder) -> Decoder:
     with torch.device("meta"):
         copy = Decoder(model.config)
     weights = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
+    for axis in ("ep", "pp"):
+        weights = union_over(weights, mesh.group(axis))
     copy.load_state_dict(weights, assign=True)
     rotary = copy.model.rotary
     if rotary is not None:

@@ -14,19 +14,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from minigpt.data.loader import Batch
-from minigpt.model.attention import Attention, CausalAttention
 from minigpt.model.decoder import Runner, call
 from minigpt.train.activation import with_checkpoints
-from minigpt.train.attention import MatmulAttention
 from minigpt.train.config import MemoryConfig
+from minigpt.train.context_parallel import choose_attention, own_columns
 from minigpt.train.mesh import LOSS_AXES
 from minigpt.train.objective import cross_entropy_sum
 from minigpt.train.parallelize import Spread
+from minigpt.train.pipeline_parallel import LossSum
 from minigpt.train.tree import TreeSum, butterfly_sum
 from minigpt.train.vocab_parallel import vocab_parallel_cross_entropy_sum
-
-# Longer rows on a CPU would spend their time and memory on the upper triangle.
-_MATMUL_ATTENTION_TOKENS = 1024
 
 
 class Passes(Protocol):
@@ -75,20 +72,11 @@ class LocalPasses:
             memory: What is kept of the forward pass.
         """
         self._spread = spread
-        self._chunk_tokens = chunk_tokens
         self._dtype = dtype
         parameter = next(spread.model.parameters())
         self._device, self._weight_dtype = parameter.device, parameter.dtype
-        run: Runner = call
-        self._cross_entropy_sum = cross_entropy_sum
-        if compile:
-            # One layer is compiled and serves all: compiling the whole model takes as many
-            # times longer as it has layers, and runs no faster.
-            # dynamic=False: shapes are fixed, and code that depends on the history of shapes
-            # would differ, in its last bits, after a resume.
-            run = torch.compile(call, dynamic=False)
-            self._cross_entropy_sum = torch.compile(cross_entropy_sum, dynamic=False)
-        self._run = with_checkpoints(run, memory, spread.model.config.num_layers)
+        self._run = layer_runner(spread.model.config.num_layers, memory, compile=compile)
+        self._token_loss_sum = token_loss(chunk_tokens, dtype, compile=compile)
 
     def run(
         self, batches: Sequence[Batch], divisor: float, should_stop: Callable[[], bool]
@@ -118,19 +106,16 @@ class LocalPasses:
         tokens, targets, positions, documents = (
             t.to(self._device, non_blocking=True) for t in tensors
         )
-        attention = self._attention(documents)
-        dtype = self._dtype
+        mesh, dtype = self._spread.mesh, self._dtype
+        window = self._spread.model.config.sliding_window
+        attention = choose_attention(documents, window, mesh.group("cp"))
+        place = mesh.rank("cp"), mesh.size("cp")
+        tokens, targets, positions = (own_columns(t, *place) for t in (tokens, targets, positions))
         with torch.autocast(self._device.type, dtype, enabled=dtype != self._weight_dtype):
             hidden = self._spread.call(tokens, positions, attention, self._run)
         weight = self._spread.model.output_weight
-        chunk = self._chunk_tokens
-        if isinstance(weight, DTensor):
-            return vocab_parallel_cross_entropy_sum(
-                hidden, weight, targets, chunk_tokens=chunk, dtype=dtype
-            )
-        return self._cross_entropy_sum(
-            hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens=chunk, dtype=dtype
-        )
+        assert weight is not None
+        return self._token_loss_sum(hidden, weight, targets)
 
     def _run_tree(
         self, batches: Sequence[Batch], divisor: float, should_stop: Callable[[], bool]
@@ -150,13 +135,37 @@ class LocalPasses:
             parameter.grad = gradient
         return float(total)
 
-    def _attention(self, documents: Tensor) -> Attention:
-        window = self._spread.model.config.sliding_window
-        if self._device.type == "cpu" and documents.shape[1] <= _MATMUL_ATTENTION_TOKENS:
-            return MatmulAttention(documents, window)
-        if bool((documents == documents[:, :1]).all()):
-            return CausalAttention(None, window)  # the causal kernel needs no mask
-        return CausalAttention(documents, window)
+
+def layer_runner(num_layers: int, memory: MemoryConfig, *, compile: bool) -> Runner:
+    """Return how a model's layers are called."""
+    # One layer is compiled and serves all: compiling the whole model takes as many times longer
+    # as it has layers, and runs no faster.
+    # dynamic=False: shapes are fixed, and code that depends on the history of shapes would
+    # differ, in its last bits, after a resume.
+    run: Runner = torch.compile(call, dynamic=False) if compile else call
+    return with_checkpoints(run, memory, num_layers)
+
+
+def token_loss(chunk_tokens: int, dtype: torch.dtype, *, compile: bool) -> LossSum:
+    """Return the summed cross-entropy, of a whole or a spread vocabulary.
+
+    Args:
+        chunk_tokens: Tokens whose logits exist at once.
+        dtype: Of matrix products.
+        compile: Compile it.
+    """
+    whole = torch.compile(cross_entropy_sum, dynamic=False) if compile else cross_entropy_sum
+
+    def loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        if isinstance(weight, DTensor):
+            return vocab_parallel_cross_entropy_sum(
+                hidden, weight, targets, chunk_tokens=chunk_tokens, dtype=dtype
+            )
+        return whole(
+            hidden.flatten(0, 1), weight, targets.flatten(), chunk_tokens=chunk_tokens, dtype=dtype
+        )
+
+    return loss_sum
 
 
 def _taken_gradient(parameter: torch.nn.Parameter) -> Tensor:

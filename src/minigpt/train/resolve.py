@@ -16,6 +16,7 @@ from minigpt.model.config import ModelConfig
 from minigpt.train.config import (
     BatchConfig,
     CheckpointConfig,
+    MeshConfig,
     ModelOverrides,
     OptimizerConfig,
     ScheduleConfig,
@@ -93,13 +94,14 @@ def resolve(config: TrainConfig, facts: Facts) -> Resolved:
     steps = _choose(config.steps, max(1, round(tokens / batch.tokens_per_step)))
     tokens = float(steps * batch.tokens_per_step)
     seconds = tokens * _token_seconds(facts, model, sequence_length)
+    compiles = facts.compiler and not _uncompilable(model.num_experts, config.mesh)
     resolved = config.replace(
         model=overrides,
         batch=batch,
         optimizer=_resolve_optimizer(config.optimizer, model, batch.tokens_per_step),
         device=facts.device,
         precision=_choose(config.precision, "bfloat16" if facts.fast_bfloat16 else "float32"),
-        compile=_choose(config.compile, facts.compiler and seconds > _COMPILE_PAYS_SECONDS),
+        compile=_choose(config.compile, compiles and seconds > _COMPILE_PAYS_SECONDS),
         threads=_choose(config.threads, facts.threads),
     )
     if config.steps != "auto" or config.max_tokens is not None or config.minutes is None:
@@ -307,8 +309,26 @@ def _resolve_optimizer(
     )
 
 
+def _uncompilable(num_experts: int, mesh: MeshConfig) -> str:
+    """Say what of a config can't be compiled; empty where all can."""
+    if num_experts:
+        return (
+            f"model.num_experts = {num_experts}: how many tokens an expert gets "
+            "changes with each batch, and compiled code is for fixed shapes"
+        )
+    if mesh.pp > 1 and mesh.schedule == "zero-bubble":
+        return (
+            "mesh.schedule = zero-bubble: a compiled layer's backward pass can't be split into "
+            "its input's part and its weights'"
+        )
+    return ""
+
+
 def _warnings(config: TrainConfig, facts: Facts, tokens: float) -> list[str]:
     warnings = []
+    reason = _uncompilable(config.model.num_experts, config.mesh)
+    if config.compile is True and reason:
+        raise ConfigError(f"compile = true with {reason}", remedy="--set compile=false")
     epochs = tokens / facts.train_tokens
     if epochs > 8:
         warnings.append(

@@ -12,12 +12,14 @@ import torch
 from minigpt.data.loader import Batch
 from minigpt.model.decoder import Decoder
 from minigpt.train.config import MemoryConfig
+from minigpt.train.expert_parallel import balance_experts
 from minigpt.train.gradients import clip_gradients, gradient_norm
 from minigpt.train.mesh import AXES, DATA_AXES
 from minigpt.train.objective import IGNORED_TARGET
 from minigpt.train.optimizer import Optimizer
 from minigpt.train.parallelize import Spread, alone
-from minigpt.train.passes import LocalPasses, Passes
+from minigpt.train.passes import LocalPasses, Passes, layer_runner, token_loss
+from minigpt.train.pipeline_parallel import PipelinePasses, Stage
 from minigpt.train.precision import LossScale
 
 
@@ -51,10 +53,22 @@ class StepOptions:
     """Compile layers and loss."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """What is kept of the forward pass."""
+    router_bias_rate: float = 0.0
+    """By how much a step moves the routers' biases."""
 
 
 def make_passes(spread: Spread, options: StepOptions) -> Passes:
     """Choose how the gradient of a global batch comes about on a mesh."""
+    if spread.cut is not None:
+        num_layers = spread.model.config.num_layers
+        return PipelinePasses(
+            spread.cut,
+            spread.mesh,
+            loss_sum=token_loss(options.chunk_tokens, options.dtype, compile=options.compile),
+            dtype=options.dtype,
+            run=layer_runner(num_layers, options.memory, compile=options.compile),
+            finish=spread.finish_gradients,
+        )
     return LocalPasses(
         spread,
         chunk_tokens=options.chunk_tokens,
@@ -69,7 +83,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | Stage,
         optimizer: Optimizer,
         options: StepOptions,
         *,
@@ -83,10 +97,13 @@ class TrainStep:
             options: How a step computes.
             spread: How the model is laid over a mesh; None is one process.
         """
-        spread = spread or alone(model)
+        if spread is None:
+            assert isinstance(model, Decoder)
+            spread = alone(model)
+        self._model, self._options = model, options
+        self._counted = spread.counted
         self._mesh, self._cuts = spread.mesh, spread.cuts
         self._optimizer = optimizer
-        self._clip_norm = options.clip_norm
         self._passes = make_passes(spread, options)
         self._parameters = list(model.parameters())
         self._device = self._parameters[0].device
@@ -127,6 +144,7 @@ class TrainStep:
             grad_norm = self.clip_gradients()
         self._optimizer.step(learning_rate_factor)
         self._optimizer.zero_grad()
+        balance_experts(self._model, self._options.router_bias_rate, self._mesh)
         if self.loss_scale is not None:
             self.loss_scale.succeeded()
         return StepResult(loss, grad_norm)
@@ -155,9 +173,9 @@ class TrainStep:
         """Scale the gradient down to `clip_norm` where it is longer; return its norm before."""
         if self.loss_scale is not None:
             self.loss_scale.unscale(self._parameters)
-        norm = gradient_norm(self._parameters, self._mesh, self._cuts)
-        if self._clip_norm is not None:
-            clip_gradients(self._parameters, norm, self._clip_norm)
+        norm = gradient_norm(self._counted, self._mesh, self._cuts)
+        if self._options.clip_norm is not None:
+            clip_gradients(self._parameters, norm, self._options.clip_norm)
         return float(norm)
 
     def _all_finite(self, loss: float, grad_norm: float) -> bool:

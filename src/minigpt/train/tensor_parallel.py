@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from minigpt.model.decoder import Decoder
+from minigpt.model.moe import MixtureOfExperts
 
 _SEQUENCE, _HEADS = 1, 2
 
@@ -83,6 +84,9 @@ def _layer_plan(layer: nn.Module, sequence: SequenceParallel) -> dict[str, Paral
         "mlp.down_proj": merge,
     }
     known = {name for name, _ in layer.named_modules()}
+    if isinstance(layer.get_submodule("mlp"), MixtureOfExperts):
+        # Each rank routes its part of the sequence through whole experts; ep is to spread them.
+        known -= {name for name in known if name.partition(".")[0] == "mlp"}
     return {name: style for name, style in plan.items() if name in known}
 
 

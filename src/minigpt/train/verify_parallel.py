@@ -33,7 +33,7 @@ from minigpt.train.tree import check_tree
 
 TOLERANCE = 1e-10
 ACCUMULATIONS = (1, 4)
-_CHUNK = 12
+_ROWS, _CHUNK = 4, 12
 
 
 @dataclass(frozen=True)
@@ -201,12 +201,13 @@ def _fresh(config: ModelConfig) -> Decoder:
 def _gradients(laid: Spread, config: ModelConfig, mine: range, count: int) -> dict[str, Tensor]:
     """Return the whole gradients of a global batch of `count` micro-batches, with its loss."""
     laid.model.zero_grad()
-    valid = sum(int((make_batch(config, m).targets != IGNORED_TARGET).sum()) for m in range(count))
+    batches = [make_batch(config, number, _ROWS) for number in range(count)]
+    valid = sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches)
     passes = make_passes(laid, StepOptions(_CHUNK, torch.float64))
-    total = passes.run([make_batch(config, m) for m in mine], valid, lambda: False)
+    total = passes.run([batches[number] for number in mine], valid, lambda: False)
     assert total is not None
     parameters = dict(laid.model.named_parameters())
-    norm = gradient_norm(list(parameters.values()), laid.mesh, laid.cuts)
+    norm = gradient_norm(laid.counted, laid.mesh, laid.cuts)
     found = {"loss": torch.tensor(total / valid, dtype=torch.float64), "gradient norm": norm}
     for name, parameter in parameters.items():
         gradient = parameter.grad

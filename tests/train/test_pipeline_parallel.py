@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.train.proof import EXPERTS, GROUPED, LEARNED, UNTIED, Case, name_of, prove
+
+from minigpt.core.config import from_mapping
+from minigpt.core.errors import ConfigError
+from minigpt.model.config import ModelConfig
+from minigpt.model.decoder import Decoder
+from minigpt.train.config import MeshConfig
+from minigpt.train.parallelize import gathered, spread
+from minigpt.train.pipeline_parallel import balance_layers, count_pieces
+from minigpt.train.processes import Ranks, mesh_of
+
+SCHEDULES: list[tuple[str, int]] = [
+    ("gpipe", 1),
+    ("1f1b", 1),
+    ("interleaved", 2),
+    ("zero-bubble", 1),
+    ("zero-bubble", 2),
+]
+
+
+def _mesh(schedule: str, virtual: int) -> dict[str, Any]:
+    return {"pp": 2, "schedule": schedule, "virtual_stages": virtual}
+
+
+PAIR: list[Case] = [
+    *((_mesh(*schedule), kind) for schedule in SCHEDULES for kind in (GROUPED, UNTIED)),
+    (_mesh("1f1b", 1), LEARNED),
+    (_mesh("zero-bubble", 2), EXPERTS),
+]
+FOUR: list[Case] = [
+    ({"pp": 4}, UNTIED),
+    ({"pp": 4, "schedule": "zero-bubble"}, GROUPED),
+    *(
+        (_mesh(*schedule) | {axis: 2}, GROUPED)
+        for axis in ("dp", "fsdp", "tp", "cp")
+        for schedule in SCHEDULES[1:]
+        if (axis, schedule[0]) != ("fsdp", "zero-bubble")
+    ),
+]
+
+
+@pytest.mark.parametrize("case", PAIR, ids=name_of)
+def test_two_ranks_compute_what_one_does(case: Case, two_ranks: Ranks) -> None:
+    prove(case, two_ranks)
+
+
+@pytest.mark.parametrize("case", FOUR, ids=name_of)
+def test_four_ranks_compute_what_one_does(case: Case, four_ranks: Ranks) -> None:
+    prove(case, four_ranks)
+
+
+def _hold(config: MeshConfig, model_config: ModelConfig) -> tuple[set[str], bool]:
+    """Return the names that a rank holds, and whether gathering gives the whole model again."""
+    mesh = mesh_of(config)
+    model = Decoder(model_config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    laid = spread(model, mesh)
+    after = gathered(laid.model, mesh).state_dict()
+    equal = before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    return set(laid.model.state_dict()), equal
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ranks_hold_their_own_stages_and_gather_the_whole(tied: bool, two_ranks: Ranks) -> None:
+    shape = dict.fromkeys(("hidden_size", "num_heads", "num_kv_heads", "head_dim"), 4)
+    sizes = {"vocab_size": 8, "num_layers": 5, "intermediate_size": 8, "context_length": 8}
+    model = ModelConfig.model_validate(shape | sizes | {"tie_embeddings": tied})
+    config = MeshConfig(pp=2, schedule="interleaved", virtual_stages=2)
+    (first, whole), (last, again) = two_ranks.run(_hold, config, model)
+    assert whole and again
+    assert first & last == ({"model.embed_tokens.weight"} if tied else set())
+    assert "model.norm.weight" in last
+    assert {name.split(".")[2] for name in first if ".layers." in name} == {"0", "1", "3"}
+
+
+@given(
+    layers=st.integers(1, 60),
+    stages=st.integers(1, 16),
+    extra=st.floats(0, 10),
+)
+def test_layers_are_dealt_out_evenly(layers: int, stages: int, extra: float) -> None:
+    if layers < stages:
+        with pytest.raises(ConfigError, match=f"model.num_layers = {layers} is fewer"):
+            balance_layers(layers, stages, last_extra=extra)
+        return
+    parts = balance_layers(layers, stages, last_extra=extra)
+    assert [layer for part in parts for layer in part] == list(range(layers))
+    loads = [float(len(part)) for part in parts]
+    loads[-1] += extra
+    # No layer can move to a less loaded stage and lower the largest load.
+    movable = [load for load, part in zip(loads, parts, strict=True) if len(part) > 1]
+    assert all(load <= min(loads) + 1 for load in movable)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "micro_batches", "rows", "pieces"),
+    [
+        ("gpipe", 1, 4, 1),
+        ("1f1b", 1, 4, 4),
+        ("1f1b", 6, 6, 6),
+        ("interleaved", 4, 4, 4),
+        ("interleaved", 9, 36, 36),
+        ("zero-bubble", 1, 1, 1),
+    ],
+)
+def test_too_few_micro_batches_are_cut_up(
+    schedule: Any, micro_batches: int, rows: int, pieces: int
+) -> None:
+    assert count_pieces(MeshConfig(pp=4, schedule=schedule), micro_batches, rows) == pieces
+
+
+def test_a_split_backward_pass_over_shards_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"zero-bubble with mesh\.fsdp = 2"):
+        from_mapping(MeshConfig, {"pp": 2, "fsdp": 2, "schedule": "zero-bubble"})
+
+
+def test_a_pipeline_that_cannot_be_filled_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        count_pieces(MeshConfig(pp=4, schedule="1f1b"), 3, 3)
+    assert "mesh.schedule = 1f1b over mesh.pp = 4 ranks can't be fed" in str(caught.value)
