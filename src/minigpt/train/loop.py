@@ -16,7 +16,7 @@ from minigpt.core.errors import StorageError, TrainingError
 from minigpt.core.manifest import Parent
 from minigpt.core.telemetry import get_logger
 from minigpt.train.build import Build
-from minigpt.train.checkpoint import CheckpointStore, TrainState
+from minigpt.train.checkpoint import CheckpointStore, PendingSave, TrainState
 from minigpt.train.config import TrainConfig
 from minigpt.train.display import Display
 from minigpt.train.interrupt import StopRequest, TrainingInterruptedError
@@ -78,7 +78,9 @@ class TrainLoop:
         self._parents = parents
         self._clock = clock
         self._log = get_logger("train")
-        self._saved_step = state.step
+        self._saved_step = state.step  # the last one that is safe
+        self._begun_step = state.step  # the last one whose save was begun
+        self._pending: PendingSave | None = None
         self._measured = 0
         self._smooth_seconds = 0.0
         self._tokens_per_step = config.batch.tokens_per_step
@@ -98,6 +100,7 @@ class TrainLoop:
             with StopRequest() as stop:
                 return self._run(stop)
         finally:
+            self._finish_save()
             self._out.display.end()
 
     def _run(self, stop: StopRequest) -> Artifact:
@@ -108,7 +111,9 @@ class TrainLoop:
                 self._validate()
             if self.state.step == self._steps:
                 return self._final_checkpoint()
-            if self._is_due(self._config.checkpoint.every, self._saved_step):
+            if self._pending is not None and self._pending.done:
+                self._finish_save()
+            if self._is_due(self._config.checkpoint.every, self._begun_step):
                 self._try_save()
             if stop.requested or not self._train_step(stop):
                 self._stop(stop)
@@ -193,22 +198,33 @@ class TrainLoop:
         self._out.tracker.log(line)
 
     def _save(self) -> Artifact:
+        """Save and wait for the end of it."""
+        self._finish_save()
         begin = self._clock.monotonic()
+        checkpoint = self._out.store.save(self._with_best(), **self._contents())
+        self.state = self._with_best()
+        self._saved_step = self._begun_step = self.state.step
+        self._log_save(self.state.step, self._clock.monotonic() - begin)
+        return checkpoint
+
+    def _contents(self) -> dict[str, Any]:
         # First the lines, then the checkpoint that claims they are there.
         self._out.metrics.flush()
         self._out.events.flush()
-        checkpoint = self._out.store.save(
-            self._with_best(),
-            model=self._parts.model.state_dict(),
-            optimizer=self._parts.optimizer.state_dict(),
-            parents=self._parents,
-        )
-        self.state = self._with_best()
-        self._saved_step = self.state.step
-        seconds = self._clock.monotonic() - begin
-        line = {"kind": "checkpoint", "step": self.state.step, "seconds": seconds}
+        return {
+            "model": self._parts.model.state_dict(),
+            "optimizer": self._parts.optimizer.state_dict(),
+            "parents": self._parents,
+        }
+
+    def _log_save(self, step: int, stall: float) -> None:
+        line = {
+            "kind": "checkpoint",
+            "step": step,
+            "seconds": self._out.store.save_seconds[-1],
+            "stall_seconds": stall,
+        }
         self._write_line(self._out.events, line)
-        return checkpoint
 
     def _with_best(self) -> TrainState:
         """Return the state with this step as the best, where its validation says so."""
@@ -220,23 +236,50 @@ class TrainLoop:
         return state
 
     def _try_save(self) -> None:
+        """Begin a save; training goes on meanwhile, and also where it fails."""
+        self._finish_save()
         try:
-            self._save()
+            if not self._config.checkpoint.background:
+                self._save()
+                return
+            self._pending = self._out.store.save_async(self._with_best(), **self._contents())
+            self._begun_step = self.state.step
         except StorageError as error:
-            self._log.warning(
-                "checkpoint not saved; training goes on and tries again at the next interval",
-                step=self.state.step,
-                reason=str(error),
-                last_good_step=self._saved_step,
-            )
+            self._warn_not_saved(self.state.step, error)
+
+    def _finish_save(self) -> None:
+        """Wait for the save in the background, if there is one, and take note of its end."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except StorageError as error:
+            self._warn_not_saved(pending.step, error)
+            return
+        self._saved_step, saved = pending.step, pending.state
+        self.state = replace(
+            self.state, best_step=saved.best_step, best_bits_per_byte=saved.best_bits_per_byte
+        )
+        self._log_save(pending.step, pending.stall_seconds)
+
+    def _warn_not_saved(self, step: int, error: StorageError) -> None:
+        self._log.warning(
+            "checkpoint not saved; training goes on and tries again at the next interval",
+            step=step,
+            reason=str(error),
+            last_good_step=self._saved_step,
+        )
 
     def _final_checkpoint(self) -> Artifact:
+        self._finish_save()
         if self._saved_step != self.state.step:
             return self._save()
         return self._out.store.open(self.state.step)
 
     def _stop(self, stop: StopRequest) -> None:
         assert stop.signum is not None
+        self._finish_save()
         if self.state.step not in (0, self._saved_step):
             self._save()
         raise TrainingInterruptedError(

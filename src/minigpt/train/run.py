@@ -39,6 +39,7 @@ from minigpt.train.build import (
 from minigpt.train.checkpoint import CheckpointStore, TrainState, restore_rng
 from minigpt.train.config import TrainConfig
 from minigpt.train.display import make_display, show_table
+from minigpt.train.export_weights import model_files
 from minigpt.train.finish import save_final_model, write_final
 from minigpt.train.interrupt import TrainingInterruptedError
 from minigpt.train.loop import Outputs, Speedometer, TrainLoop
@@ -190,7 +191,12 @@ def _run(
     config: TrainConfig, parts: Build, sources: Sources, run_dir: Path, clock: Clock
 ) -> Artifact:
     assert isinstance(config.batch.sequence_length, int)
-    store = CheckpointStore(run_dir / CHECKPOINT_DIRECTORY, keep=config.checkpoint.keep)
+    store = CheckpointStore(
+        config.checkpoint.url or run_dir / CHECKPOINT_DIRECTORY,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        model_files=model_files(parts.model.config, sources.train.tokenizer_dir),
+    )
     state = _restore(config, parts, sources, store)
     done = {"train": state.step, "validation": state.validated_step, "checkpoint": state.step}
     for name in (METRICS_FILE, EVENTS_FILE):
@@ -238,6 +244,7 @@ def _run(
         outputs.metrics.close()
         outputs.events.close()
         outputs.tracker.close(status)
+        store.close()
     return artifact
 
 
@@ -246,7 +253,7 @@ def _restore(
 ) -> TrainState:
     """Put the newest good checkpoint into `parts`; without one, begin at step 0."""
     log = get_logger("train")
-    checkpoint = store.load_latest()
+    checkpoint = store.load_latest(parts.model.state_dict())
     environment = numeric_environment(config.device)
     if checkpoint is None:
         random.seed(config.seed)
@@ -274,9 +281,7 @@ def _restore(
     parts.optimizer.load_state_dict(checkpoint.optimizer)
     parts.loader.load_state(state.cursor)
     restore_rng(checkpoint)
-    log.info(
-        "resuming", step=state.step, steps=config.steps, checkpoint=str(checkpoint.artifact.path)
-    )
+    log.info("resuming", step=state.step, steps=config.steps, checkpoint=checkpoint.artifact.uri)
     return state
 
 
