@@ -224,8 +224,10 @@ def _nested_config(annotation: Any) -> type[Config] | None:
 
 def _entry_config(annotation: Any) -> type[Config] | None:
     """Return the config class of a `dict[str, SomeConfig]` or `tuple[SomeConfig, ...]`."""
-    place = {dict: 1, tuple: 0}.get(get_origin(annotation) or object)
-    return None if place is None else _nested_config(get_args(annotation)[place])
+    arguments = get_args(annotation)
+    if get_origin(annotation) is dict:
+        return _nested_config(arguments[1])
+    return _nested_config(arguments[0]) if get_origin(annotation) is tuple else None
 
 
 def _type_name(annotation: Any) -> str:

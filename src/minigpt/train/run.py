@@ -264,8 +264,8 @@ def _restore(
     state = checkpoint.state
     if state.dataset_sha256 != sources.fingerprint:
         raise ArtifactError(
-            f"{sources.train.uri} is not the data that this run began with",
-            remedy="restore that data, or start a new run in another --run-dir",
+            f"{sources.train.uri} is not the dataset that this run began with",
+            remedy="restore that dataset, or start a new run in another --run-dir",
         )
     if state.environment != environment:
         log.warning(
