@@ -175,7 +175,7 @@ def held_out_bits_per_byte(score: Callable[[Batch], Tensor], dataset: str, lengt
     split = TokenDataset.open(dataset, "val")
     lengths = torch.from_numpy(Tokenizer.load(split.tokenizer_dir).byte_lengths())
     loader = BatchLoader(split, batch_size=1, sequence_length=length, seed=0)
-    windows, rows = loader.num_windows, max(1, 4096 // length)
+    windows, rows = loader.num_rows, max(1, 4096 // length)
     nats, count = 0.0, 0
     for first in range(0, windows, rows):
         loader.batch_size = min(rows, windows - first)

@@ -6,12 +6,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minigpt.core.artifact import Artifact, is_artifact, open_artifact
-from minigpt.core.config import load_config
+from minigpt.core.config import load_config, read_yaml_mapping
+from minigpt.core.errors import ConfigError
 from minigpt.core.storage import home
-from minigpt.data.config import DataConfig
+from minigpt.data.config import DataConfig, MixtureConfig
+from minigpt.data.skip_list import SkipList
 from minigpt.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from minigpt.data.loader import BatchLoader
 
 
 def train_recipe(
@@ -29,24 +35,55 @@ def train_recipe(
     """
     from minigpt.train.run import find_finished, train
 
-    config = _with_data_config(load_config(TrainConfig, recipe, overrides), Path(recipe).parent)
+    config = _with_files(load_config(TrainConfig, recipe, overrides), Path(recipe).parent)
     finished = find_finished(config, Path(run_dir))
     return finished or train(config, open_dataset(config.data), Path(run_dir))
 
 
-def _with_data_config(config: TrainConfig, directory: Path) -> TrainConfig:
-    """Put the content of a data config in the place of its path, so that a run keeps it all."""
+def open_run_loader(run_dir: Path) -> tuple[TrainConfig, BatchLoader]:
+    """Return a run's resolved config and the loader that fed it, at its first sample.
+
+    Raises:
+        ConfigError: The directory holds no run.
+    """
+    from minigpt.data.training_data import open_training_data
+    from minigpt.train.build import build_loader
+    from minigpt.train.run import stored_config
+
+    config = stored_config(run_dir)
+    if config is None:
+        raise ConfigError(f"{run_dir} holds no run", remedy="give the --run-dir of a training run")
+    data = open_training_data(config.data, open_dataset(config.data))
+    loader = build_loader(config, data)
+    loader.use_skip_list(SkipList.of_run(run_dir, loader.skip_list))
+    return config, loader
+
+
+def _with_files(config: TrainConfig, directory: Path) -> TrainConfig:
+    """Put the content of files in the place of their paths, so that a run keeps it all."""
     if isinstance(config.data, str) and config.data.endswith((".yaml", ".yml")):
-        path = Path(config.data)
-        found = path if path.is_absolute() else directory / path
-        return config.replace(data=load_config(DataConfig, found))
+        path = directory / config.data
+        is_mixture = "mixture" in read_yaml_mapping(path)
+        config = config.replace(data=load_config(MixtureConfig if is_mixture else DataConfig, path))
+    if isinstance(config.skip_list, str):
+        path = directory / config.skip_list
+        if not path.exists():
+            raise ConfigError(f"skip_list: no such file: {path}", remedy="check the path")
+        config = config.replace(skip_list=SkipList.read(path))
     return config
 
 
-def open_dataset(data: str | DataConfig) -> Artifact:
-    """Open a dataset artifact, or prepare it once and keep it in minigpt's home."""
+def open_dataset(data: str | DataConfig | MixtureConfig) -> Artifact:
+    """Open a dataset artifact, or prepare it once and keep it in minigpt's home.
+
+    Of a mixture it is the first source's; `open_training_data` opens the others.
+    """
+    from minigpt.data.training_data import open_dataset_artifact
+
+    if isinstance(data, MixtureConfig):
+        data = data.mixture[0].dataset
     if isinstance(data, str):
-        return open_artifact(data, kind="dataset")
+        return open_dataset_artifact(data)
     from minigpt.data.prepare import prepare
 
     content = json.dumps(data.model_dump(mode="json"), sort_keys=True)

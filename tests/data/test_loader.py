@@ -62,9 +62,9 @@ def test_each_epoch_covers_each_window_once(
 ) -> None:
     loader = BatchLoader(dataset, batch_size=batch_size, sequence_length=sequence_length, seed=seed)
     epoch = data.draw(st.integers(0, 5))
-    windows = loader.windows(epoch * loader.num_windows, loader.num_windows)
-    assert sorted(windows.tolist()) == list(range(loader.num_windows))
-    assert loader.num_windows == (dataset.num_tokens - 1) // sequence_length
+    windows = loader.locate(epoch * loader.num_rows, loader.num_rows).rows
+    assert sorted(windows.tolist()) == list(range(loader.num_rows))
+    assert loader.num_rows == (dataset.num_tokens - 1) // sequence_length
 
 
 @settings(max_examples=25, deadline=None)
@@ -106,7 +106,7 @@ def test_order_does_not_depend_on_the_batch_size(dataset: TokenDataset) -> None:
 
 def test_batch_holds_the_stream(dataset: TokenDataset) -> None:
     loader = BatchLoader(dataset, batch_size=8, sequence_length=300, seed=1)
-    windows = loader.windows(0, 8)
+    windows = loader.locate(0, 8).rows
     batch = loader.next_batch()
     assert batch.tokens.dtype == batch.targets.dtype == batch.positions.dtype == torch.int64
     assert batch.documents.dtype == torch.int32
@@ -134,3 +134,50 @@ def test_a_cursor_of_another_order_is_refused(dataset: TokenDataset) -> None:
     other = BatchLoader(dataset, batch_size=2, sequence_length=64, seed=4)
     with pytest.raises(DataError, match="seed was 3, now is 4"):
         other.load_state(state)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    step=st.integers(0, 10**6),
+    micro_batches=st.sampled_from([8, 16]),
+    seed=st.integers(0, 1000),
+)
+def test_every_world_size_sees_the_same_samples_in_the_same_order(
+    dataset: TokenDataset, step: int, micro_batches: int, seed: int
+) -> None:
+    """Rank r of R takes micro-batches [rM/R, (r+1)M/R); their rows, rank by rank, are the step."""
+    size = 2
+
+    def rows_of_step(ranks: int) -> list[tuple[int, int]]:
+        rows = []
+        for rank in range(ranks):
+            loader = BatchLoader(dataset, batch_size=size, sequence_length=64, seed=seed)
+            share = micro_batches // ranks
+            for micro_batch in range(rank * share, (rank + 1) * share):
+                where = loader.locate((step * micro_batches + micro_batch) * size, size)
+                rows += list(zip(where.epochs.tolist(), where.rows.tolist(), strict=True))
+        return rows
+
+    alone = rows_of_step(1)
+    assert all(rows_of_step(ranks) == alone for ranks in (2, 4, 8))
+
+
+def test_a_change_of_world_size_in_the_middle_loses_and_repeats_nothing(
+    dataset: TokenDataset,
+) -> None:
+    """An epoch at 1, then 4, then 2 ranks deals each row once."""
+    size, micro_batches = 4, 4
+    loader = BatchLoader(dataset, batch_size=size, sequence_length=64, seed=5)
+    steps = loader.num_rows // (size * micro_batches)
+    seen: list[int] = []
+    for step in range(steps):
+        ranks = (1, 4, 2)[step * 3 // steps]
+        for rank in range(ranks):
+            resumed = BatchLoader(dataset, batch_size=size, sequence_length=64, seed=5)
+            resumed.load_state(loader.state())
+            share = micro_batches // ranks
+            for micro_batch in range(rank * share, (rank + 1) * share):
+                seen += resumed.locate(resumed.next_sample + micro_batch * size, size).rows.tolist()
+        loader.next_sample += size * micro_batches
+    assert len(seen) == steps * size * micro_batches
+    assert len(set(seen)) == len(seen)

@@ -133,7 +133,7 @@ def open_artifact(uri: str | Path, *, kind: Kind | None = None, verify: bool = T
             missing, truncated or changed; the message names the file.
     """
     path = _local_copy(str(uri)) if is_remote(uri) else Path(uri).absolute()
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(f"{uri} is a {manifest.kind} artifact, but a {kind} is needed here")
     _check_sizes(path, manifest)
@@ -275,7 +275,12 @@ def _file_names(path: Path) -> list[str]:
     return sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
+    """Read and check the manifest in a directory, and nothing else there.
+
+    Raises:
+        ArtifactError: It is missing, malformed, changed or from a newer version.
+    """
     source = path / MANIFEST
     try:
         tree = json.loads(source.read_bytes())

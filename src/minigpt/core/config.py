@@ -188,6 +188,7 @@ def _key_path(cls: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, ..
     for part in loc:
         if isinstance(part, int):
             path.append(str(part))
+            current, entry = entry or current, None
         elif current is not None and part in current.model_fields:
             path.append(part)
             annotation = current.model_fields[part].annotation
@@ -222,8 +223,11 @@ def _nested_config(annotation: Any) -> type[Config] | None:
 
 
 def _entry_config(annotation: Any) -> type[Config] | None:
-    """Return the config class of a `dict[str, SomeConfig]`'s values."""
-    return _nested_config(get_args(annotation)[1]) if get_origin(annotation) is dict else None
+    """Return the config class of a `dict[str, SomeConfig]` or `tuple[SomeConfig, ...]`."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is dict:
+        return _nested_config(arguments[1])
+    return _nested_config(arguments[0]) if get_origin(annotation) is tuple else None
 
 
 def _type_name(annotation: Any) -> str:

@@ -1,4 +1,8 @@
-"""Repairs and filters documents one at a time, counting each decision."""
+"""Repairs and filters documents one at a time, counting each decision.
+
+`screen` looks at one document alone, so that any number of processes may do it; `Cleaner` sees
+them all in the order of the source, which decides what is a duplicate of what.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +45,22 @@ class CleaningReport:
 
 
 @dataclass(frozen=True)
+class Screened:
+    """A document repaired and judged by itself, before others are known."""
+
+    text: str
+    """Repaired; "" where it is dropped."""
+    digest: bytes
+    """Of its normalised text; empty where it is dropped."""
+    notes: tuple[tuple[str, str | None], ...]
+    """What to count, and under whose name."""
+    characters: int
+    """Length of the document as it was read."""
+    signature: bytes | None = None
+    """Its MinHash (`NearDuplicates.sign`), where it was computed already."""
+
+
+@dataclass(frozen=True)
 class CleanDocument:
     """A document that passed; `digest` identifies its normalised text."""
 
@@ -49,7 +69,7 @@ class CleanDocument:
 
 
 class Cleaner:
-    """Repairs encodings, then drops what is too short, repetitive or seen before.
+    """Drops what was seen before, and counts what happened to every document.
 
     Memory grows by one 16-byte digest (about 100 bytes with the set's overhead) a document.
     """
@@ -67,49 +87,62 @@ class Cleaner:
 
     def clean(self, document: RawDocument) -> CleanDocument | None:
         """Return the repaired document, or None where it is dropped."""
-        report = self._report
-        report.count("read")
-        if document.how == "binary":
-            report.count("dropped_binary", document.name)
-            return None
-        if document.how != "utf-8":
-            report.count(f"decoded_{document.how}", document.name)
-        text = self._repair(document)
-        if reason := self._fault(text):
-            report.count(reason)
-            return None
-        digest = text_digest(text)
-        if digest in self._seen:
-            report.count("dropped_exact_duplicate")
-            return None
-        self._seen.add(digest)
-        return CleanDocument(text, digest)
+        return self.admit(screen(self._config, document))
 
-    def _repair(self, document: RawDocument) -> str:
-        text = encodable(document.text)
-        if text is not document.text:
-            self._report.count("repaired_surrogates", document.name)
-        if "\r" in text:
-            text = text.replace("\r\n", "\n").replace("\r", "\n")
-        if self._config.fix_mojibake and not document.code and not text.isascii():
-            fixed = fix_mojibake(text)
-            if fixed != text:
-                self._report.count("repaired_mojibake", document.name)
-            text = fixed
-        return text.removeprefix("\ufeff")
+    def admit(self, screened: Screened) -> CleanDocument | None:
+        """Count a document that was screened; return it, or None where it is dropped."""
+        self._report.count("read")
+        for what, name in screened.notes:
+            self._report.count(what, name)
+        if not screened.digest:
+            return None
+        if screened.digest in self._seen:
+            self._report.count("dropped_exact_duplicate")
+            return None
+        self._seen.add(screened.digest)
+        return CleanDocument(screened.text, screened.digest)
 
-    def _fault(self, text: str) -> str | None:
-        config = self._config
-        if "\0" in text:
-            return "dropped_binary"
-        if len(text.strip()) < config.min_characters:
-            return "dropped_short"
-        if duplicate_line_share(text) > config.max_duplicate_lines:
-            return "dropped_repeated_lines"
-        raw = text.encode()
-        if len(raw) > config.max_compression * len(zlib.compress(raw, 1)):
-            return "dropped_repetitive"
-        return None
+
+def screen(config: CleanConfig, document: RawDocument) -> Screened:
+    """Repair a document's encoding, and drop it where it is too short or repetitive."""
+    notes: list[tuple[str, str | None]] = []
+    characters = len(document.text)
+    if document.how == "binary":
+        return Screened("", b"", (("dropped_binary", document.name),), characters)
+    if document.how != "utf-8":
+        notes.append((f"decoded_{document.how}", document.name))
+    text = _repair(config, document, notes)
+    if reason := _fault(config, text):
+        notes.append((reason, None))
+        return Screened("", b"", tuple(notes), characters)
+    return Screened(text, text_digest(text), tuple(notes), characters)
+
+
+def _repair(config: CleanConfig, document: RawDocument, notes: list[tuple[str, str | None]]) -> str:
+    text = encodable(document.text)
+    if text is not document.text:
+        notes.append(("repaired_surrogates", document.name))
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if config.fix_mojibake and not document.code and not text.isascii():
+        fixed = fix_mojibake(text)
+        if fixed != text:
+            notes.append(("repaired_mojibake", document.name))
+        text = fixed
+    return text.removeprefix("\ufeff")
+
+
+def _fault(config: CleanConfig, text: str) -> str | None:
+    if "\0" in text:
+        return "dropped_binary"
+    if len(text.strip()) < config.min_characters:
+        return "dropped_short"
+    if duplicate_line_share(text) > config.max_duplicate_lines:
+        return "dropped_repeated_lines"
+    raw = text.encode()
+    if len(raw) > config.max_compression * len(zlib.compress(raw, 1)):
+        return "dropped_repetitive"
+    return None
 
 
 def fix_mojibake(text: str) -> str:

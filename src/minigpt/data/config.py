@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from minigpt.core.config import Config
 
+Packing = Literal["windows", "best-fit"]
+
 
 class SourceConfig(Config):
     """Where the text comes from. Files are read in the order of their sorted paths."""
@@ -114,3 +116,50 @@ class DataConfig(Config):
     """Chooses which documents validate."""
     max_bytes: int | None = Field(default=None, ge=1)
     """Stop after this much cleaned text; null is all."""
+
+
+class WeightPoint(Config):
+    """A change of a source's weight."""
+
+    at: int = Field(ge=1)
+    """When: a step or a number of tokens of the run (`schedule_unit`)."""
+    weight: float = Field(ge=0)
+    """The weight from then on."""
+    ramp: bool = False
+    """Reach the weight along a straight line from the point before, instead of at once."""
+
+
+class MixtureSource(Config):
+    """One dataset of a mixture."""
+
+    name: str = Field(min_length=1, pattern=r"^[^:\s]+$")
+    """What reports call it; it also keys the source's shuffle."""
+    dataset: str
+    """Path or URL of a dataset artifact; all of a mixture have the same tokenizer."""
+    weight: float = Field(default=1.0, ge=0)
+    """Share of the rows, relative to the other sources, from the first step on."""
+    schedule: tuple[WeightPoint, ...] = ()
+    """How the weight changes, in ascending order."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        points = [point.at for point in self.schedule]
+        if points != sorted(set(points)):
+            raise ValueError(f"schedule of {self.name}: the points {points} must ascend")
+        return self
+
+
+class MixtureConfig(Config):
+    """Several datasets mixed by weights."""
+
+    mixture: tuple[MixtureSource, ...] = Field(min_length=1)
+    """The sources. Each is shuffled within itself and begins anew when it is used up."""
+    schedule_unit: Literal["steps", "tokens"] = "steps"
+    """What the points of the schedules count."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [source.name for source in self.mixture]
+        if len(set(names)) != len(names):
+            raise ValueError(f"the names of a mixture's sources must differ: {', '.join(names)}")
+        return self

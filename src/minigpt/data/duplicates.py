@@ -38,15 +38,26 @@ class NearDuplicates:
         self._template = MinHash(num_perm=permutations, seed=1, hashfunc=int)
         self._signatures: list[MinHash] = []
 
-    def add(self, text: str) -> bool:
-        """Remember `text` unless it is a near-duplicate; tell whether it is new.
-
-        The buckets only propose candidates; the whole signatures decide.
-        """
+    def sign(self, text: str) -> bytes:
+        """Return a text's signature, which any process may compute beforehand."""
         signature = self._template.copy()
         hashes = shingle_hashes(text).tolist()
         for start in range(0, len(hashes), _CHUNK):
             signature.update_batch(hashes[start : start + _CHUNK])
+        return np.asarray(signature.hashvalues, "<u8").tobytes()
+
+    def add(self, text: str, signed: bytes | None = None) -> bool:
+        """Remember `text` unless it is a near-duplicate; tell whether it is new.
+
+        The buckets only propose candidates; the whole signatures decide.
+
+        Args:
+            text: The document.
+            signed: Its `sign`, where that is known.
+        """
+        signature = self._template.copy()
+        hashes = np.frombuffer(signed or self.sign(text), "<u8")
+        signature.hashvalues = hashes.astype(signature.hashvalues.dtype)
         for candidate in self._index.query(signature):
             if signature.jaccard(self._signatures[candidate]) >= self._threshold:
                 return False

@@ -1,41 +1,68 @@
-"""Batches in an order that is a pure function of the seed, so that resuming costs nothing."""
+"""Batches in an order that is a pure function of the seed, so that resuming costs nothing.
+
+Sample k of a run, whatever its world size and batch size:
+
+1. `SkipList.places` moves k past the ranges of the order that are skipped.
+2. `Mixture.place` says which source the sample comes from, and that it is its q-th.
+3. The source's shuffle of epoch q // num_rows, a keyed permutation, says which of its rows.
+4. The row is a window of the token stream or a packed row (`minigpt.data.rows`).
+
+None of the four keeps any state, and none costs more at a later step.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from minigpt.core.errors import DataError
+from minigpt.data.config import Packing
+from minigpt.data.mixture import Mixture, Stage
+from minigpt.data.packing import open_plan
 from minigpt.data.permutation import Permutation
+from minigpt.data.rows import IGNORED_TARGET, PackedRows, Rows, RowTokens, WindowRows
 from minigpt.data.shards import TokenDataset
+from minigpt.data.skip_list import SkipList, SkippedDocument, document_sha256
+
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of the token stream; every tensor is (batch_size, sequence_length)."""
+    """Rows of tokens; every tensor is (batch_size, sequence_length)."""
 
     tokens: torch.Tensor
     """int64 token ids."""
     targets: torch.Tensor
-    """int64: the token that follows each; -1 would mean "not a target"."""
+    """int64: the token that follows each; -1 where there is nothing to predict: in padding and
+    in skipped documents."""
     positions: torch.Tensor
-    """int64: restart at 0 with each document and each window."""
+    """int64: restart at 0 with each document and each row."""
     documents: torch.Tensor
     """int32: from 0 in each row; equal numbers are the same document."""
 
 
-class BatchLoader:
-    """Cuts the stream into windows and deals them out, shuffled anew each epoch.
+class Samples(NamedTuple):
+    """Where samples of the order come from; arrays of (count,)."""
 
-    Window w covers stream positions [wT, wT + T) and takes its targets one further on, so
-    every token but the last few (fewer than T) is a target once an epoch. Sample k of the
-    global order is window `permutation(seed, k // num_windows)(k % num_windows)`: it depends on
-    no state and not on the batch size. A batch may span two epochs.
+    sources: Integers
+    """Number of the source in `BatchLoader.sources`."""
+    epochs: Integers
+    """How often the source has been used up before."""
+    rows: Integers
+    """The source's row."""
+
+
+class BatchLoader:
+    """Deals rows of one or several datasets out, each shuffled anew in each of its epochs.
 
     Example:
         loader = BatchLoader(dataset, batch_size=16, sequence_length=256, seed=0)
@@ -46,115 +73,286 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: TokenDataset | Mapping[str, TokenDataset],
         *,
         batch_size: int,
         sequence_length: int,
         seed: int,
         start_sample: int = 0,
+        packing: Packing = "windows",
+        mixture: Mixture | None = None,
+        skip_list: SkipList | None = None,
     ) -> None:
-        """Plan the windows; reads no tokens.
+        """Plan the rows; reads no tokens.
 
         Args:
-            dataset: One split.
-            batch_size: Windows a batch, B.
-            sequence_length: Tokens a window, T.
+            dataset: One split; or several by name, all of the same tokenizer.
+            batch_size: Rows a batch, B.
+            sequence_length: Tokens a row, T.
             seed: Chooses the order.
-            start_sample: Position in the global order of the next batch's first window.
+            start_sample: Position in the run's order of the next batch's first row.
+            packing: How documents become rows.
+            mixture: Deals samples out to the datasets; by default all are given equally often.
+            skip_list: What is left out.
 
         Raises:
-            DataError: The split has fewer windows than one batch.
+            DataError: A dataset has no row, all have fewer than one batch, or they are of
+                different tokenizers.
         """
         assert batch_size >= 1 and sequence_length >= 1 and start_sample >= 0
-        self.dataset = dataset
+        named = {"data": dataset} if isinstance(dataset, TokenDataset) else dict(dataset)
         self.batch_size = batch_size
         self.sequence_length = sequence_length
         self.seed = seed
+        self.packing = packing
         self.next_sample = start_sample
-        self.num_windows = max(0, (dataset.num_tokens - 1) // sequence_length)
-        if self.num_windows < batch_size:
-            raise DataError(
-                f"the {dataset.split} split has {dataset.num_tokens:,} tokens, but one batch of "
-                f"{batch_size} x {sequence_length} needs {batch_size * sequence_length + 1:,}",
-                remedy="lower the batch size or the sequence length, or add text",
-            )
-        self._offsets = np.arange(sequence_length + 1, dtype=np.int64)
-        self._permutation = (-1, Permutation(1, ""))
+        self.mixture = mixture or Mixture([Stage(0, (1,) * len(named))])
+        check_same_tokenizer(named)
+        self.skip_list = skip_list or SkipList()
+        self._datasets = named
+        self.sources = self._cut_sources()
+        self._check_size()
 
     @property
-    def epoch(self) -> int:
-        """The epoch of the next sample, from 0."""
-        return self.next_sample // self.num_windows
+    def num_rows(self) -> int:
+        """Rows of all sources."""
+        return sum(source.rows.num_rows for source in self.sources)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sources."""
+        return sum(source.dataset.num_tokens for source in self.sources)
 
     def next_batch(self) -> Batch:
-        """Return the next windows and move on."""
+        """Return the next rows and move on."""
         first = self.next_sample
         self.next_sample += self.batch_size
         return self.batch_at(first)
 
     def batch_at(self, first_sample: int) -> Batch:
-        """Return the batch whose first window is sample `first_sample`; changes nothing."""
-        windows = self.windows(first_sample, self.batch_size)
-        starts = windows * self.sequence_length
-        length = self.sequence_length + 1
-        stream = np.empty((self.batch_size, length), np.int64)
-        for row, start in enumerate(starts.tolist()):
-            stream[row] = self.dataset.tokens(start, start + length)
-        positions, documents = self._layout(starts)
-        return Batch(
-            tokens=torch.from_numpy(np.ascontiguousarray(stream[:, :-1])),
-            targets=torch.from_numpy(np.ascontiguousarray(stream[:, 1:])),
-            positions=torch.from_numpy(positions),
-            documents=torch.from_numpy(documents),
+        """Return the batch whose first row is sample `first_sample`; changes nothing."""
+        count = self.batch_size
+        where = self.locate(first_sample, count)
+        parts = []
+        for number, source in enumerate(self.sources):
+            here = np.flatnonzero(where.sources == number)
+            if len(here):
+                read = source.rows.read(where.rows[here])
+                source.hide(read, first_sample + here)
+                parts.append((here, read))
+        self._prefetch(first_sample + count)
+        if len(parts) == 1:
+            return _to_batch(parts[0][1])
+        order = np.argsort(np.concatenate([here for here, _ in parts]))
+        joined = (
+            np.concatenate(arrays)[order] for arrays in zip(*(r for _, r in parts), strict=True)
         )
+        return _to_batch(RowTokens(*joined))
 
-    def windows(self, first_sample: int, count: int) -> npt.NDArray[np.int64]:
-        """Return the windows at samples [first_sample, first_sample + count), (count,)."""
+    def locate(self, first_sample: int, count: int) -> Samples:
+        """Return where samples [first_sample, first_sample + count) of the run come from."""
         samples = np.arange(first_sample, first_sample + count, dtype=np.int64)
-        epochs, ranks = samples // self.num_windows, samples % self.num_windows
-        parts = [
-            self._epoch_permutation(int(epoch))(ranks[epochs == epoch])
-            for epoch in np.unique(epochs)
-        ]
-        return np.concatenate(parts)
+        sources, indices = self.mixture.place(self.skip_list.places(samples))
+        epochs, rows = np.empty_like(samples), np.empty_like(samples)
+        for number in np.unique(sources):
+            here = sources == number
+            epochs[here], rows[here] = self.sources[number].shuffled(indices[here])
+        return Samples(sources, epochs, rows)
 
     def state(self) -> dict[str, Any]:
         """Return the cursor, and what must be equal for it to mean the same samples."""
-        return {"next_sample": self.next_sample, **self._identity()}
+        return {"next_sample": self.next_sample, **self._identity(self.next_sample)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state()`; the batch size may differ.
+        """Continue from a `state()`; the batch size may differ, and skips may have been added.
 
         Raises:
-            DataError: The state is of another dataset, seed or sequence length.
+            DataError: The state is of other datasets, another seed, sequence length, packing or
+                mixture, or something is skipped now that came before.
         """
-        for name, value in self._identity().items():
+        next_sample = int(state["next_sample"])
+        for name, value in self._identity(next_sample).items():
             if state.get(name) != value:
                 raise DataError(
                     f"can't resume the data order: {name} was {state.get(name)}, now is {value}",
                     remedy="resume with the values the run began with, or start a new run",
                 )
-        self.next_sample = int(state["next_sample"])
+        self.next_sample = next_sample
 
-    def _identity(self) -> dict[str, int]:
+    def use_skip_list(self, skip_list: SkipList) -> None:
+        """Skip what a longer list says, from the samples on at which its new entries begin.
+
+        Raises:
+            DataError: The list changes what came before the next sample.
+        """
+        first = self.next_sample
+        if first and skip_list.digest(first) != self.skip_list.digest(first):
+            raise DataError(
+                f"the skip list changes what comes before sample {first}",
+                remedy="roll the run back to before that",
+            )
+        self.skip_list = skip_list
+        self.sources = self._cut_sources()
+
+    def document_entry(self, name: str, *, by_content: bool = False) -> SkippedDocument:
+        """Return what puts a document on a skip list.
+
+        Args:
+            name: `SOURCE:NUMBER`, or a number alone where there is one source.
+            by_content: Whether to find the document by the hash of its tokens, in any dataset.
+
+        Raises:
+            DataError: There is no such document.
+        """
+        source_name, _, number = name.rpartition(":")
+        source_name = source_name or (self.sources[0].name if len(self.sources) == 1 else "")
+        source = next((source for source in self.sources if source.name == source_name), None)
+        if source is None or not number.isdecimal() or int(number) >= source.dataset.num_documents:
+            known = ", ".join(f"{s.name}:0-{s.dataset.num_documents - 1}" for s in self.sources)
+            raise DataError(f"no document {name!r} here, only {known}")
+        if not by_content:
+            return SkippedDocument(dataset=source.dataset.fingerprint, document=int(number))
+        tokens = source.dataset.document(int(number))
+        return SkippedDocument(sha256=document_sha256(tokens), tokens=len(tokens))
+
+    def _identity(self, next_sample: int) -> dict[str, Any]:
         return {
             "seed": self.seed,
             "sequence_length": self.sequence_length,
-            "dataset_tokens": self.dataset.num_tokens,
+            "packing": self.packing,
+            "dataset_tokens": self.num_tokens,
+            "mixture_sha256": self._mixture_digest,
+            "skip_sha256": self.skip_list.digest(next_sample),
         }
+
+    @cached_property
+    def _mixture_digest(self) -> str:
+        if len(self.sources) == 1:
+            return ""
+        sources = [(source.name, source.dataset.fingerprint) for source in self.sources]
+        content = json.dumps([sources, self.mixture.stages])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _cut_sources(self) -> list[Source]:
+        sources = []
+        for name, dataset in self._datasets.items():
+            hidden, since = self.skip_list.hidden(dataset)
+            rows = self._cut(dataset, left_out=hidden[since == 0])
+            key = str(self.seed) if len(self._datasets) == 1 else f"{self.seed}/{name}"
+            sources.append(Source(name, dataset, rows, key, hidden, since))
+        return sources
+
+    def _cut(self, dataset: TokenDataset, left_out: Integers) -> Rows:
+        length = self.sequence_length
+        if self.packing == "windows":
+            return WindowRows(dataset, length)
+        plan = open_plan(dataset, sequence_length=length, seed=self.seed, left_out=left_out)
+        return PackedRows(dataset, length, plan)
+
+    def _prefetch(self, next_sample: int) -> None:
+        """Have the shards of the batch after this one fetched, where they are remote."""
+        if not any(source.dataset.is_remote for source in self.sources):
+            return
+        where = self.locate(next_sample, self.batch_size)
+        for number, source in enumerate(self.sources):
+            rows = where.rows[where.sources == number]
+            if len(rows):
+                source.dataset.prefetch(source.rows.starts(rows))
+
+    def _check_size(self) -> None:
+        needed = self.batch_size * self.sequence_length + 1
+        for source in self.sources:
+            if source.rows.num_rows == 0 or self.num_rows < self.batch_size:
+                raise DataError(
+                    f"the {source.dataset.split} split has {source.dataset.num_tokens:,} tokens, "
+                    f"but one batch of {self.batch_size} x {self.sequence_length} needs "
+                    f"{needed:,}",
+                    remedy="lower the batch size or the sequence length, or add text",
+                )
+
+
+class Source:
+    """One dataset of a loader."""
+
+    def __init__(
+        self,
+        name: str,
+        dataset: TokenDataset,
+        rows: Rows,
+        key: str,
+        hidden: Integers,
+        hidden_since: Integers,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            name: Of the source.
+            dataset: Its split.
+            rows: How the split is cut.
+            key: Of the shuffle.
+            hidden: Documents whose tokens are no targets, ascending.
+            hidden_since: The first sample of the run in which each is hidden.
+        """
+        self.name = name
+        self.dataset = dataset
+        self.rows = rows
+        self._key = key
+        self._hidden = hidden
+        self._hidden_since = hidden_since
+        self._permutation = (-1, Permutation(1, ""))
+
+    def shuffled(self, indices: Integers) -> tuple[Integers, Integers]:
+        """Return epoch and row of the source's samples, same shape."""
+        epochs, ranks = np.divmod(indices, self.rows.num_rows)
+        rows = np.empty_like(indices)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows[here] = self._epoch_permutation(int(epoch))(ranks[here])
+        return epochs, rows
+
+    def hidden_at(self, sample: int) -> set[int]:
+        """Return the documents that are hidden at a sample of the run."""
+        return set(self._hidden[self._hidden_since <= sample].tolist())
+
+    def hide(self, read: RowTokens, samples: Integers) -> None:
+        """Take the targets off hidden documents in the rows at `samples` of the run."""
+        if not len(self._hidden):
+            return
+        places = np.searchsorted(self._hidden, read.documents).clip(max=len(self._hidden) - 1)
+        is_hidden = self._hidden[places] == read.documents
+        is_hidden &= self._hidden_since[places] <= samples[:, None]
+        read.targets[is_hidden] = IGNORED_TARGET
 
     def _epoch_permutation(self, epoch: int) -> Permutation:
         known, permutation = self._permutation
         if known != epoch:
-            permutation = Permutation(self.num_windows, f"{self.seed}/{epoch}")
+            permutation = Permutation(self.rows.num_rows, f"{self._key}/{epoch}")
             self._permutation = (epoch, permutation)
         return permutation
 
-    def _layout(
-        self, starts: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-        """Return positions and row-local document numbers of the windows at `starts`."""
-        stream = starts[:, None] + self._offsets[:-1]
-        documents = self.dataset.document_of(stream)
-        begins = np.maximum(self.dataset.offsets[documents], starts[:, None])
-        return stream - begins, (documents - documents[:, :1]).astype(np.int32)
+
+def check_same_tokenizer(datasets: Mapping[str, TokenDataset]) -> None:
+    """Refuse datasets whose tokens mean different things.
+
+    Raises:
+        DataError: Naming two whose tokenizers differ.
+    """
+    first, *others = datasets
+    for name in others:
+        if datasets[name].tokenizer_fingerprint != datasets[first].tokenizer_fingerprint:
+            raise DataError(
+                f"{name} ({datasets[name].directory}) has another tokenizer than {first} "
+                f"({datasets[first].directory}), and their tokens can't be mixed",
+                remedy="prepare it with --set tokenizer.kind=file and the other's tokenizer",
+            )
+
+
+def _to_batch(read: RowTokens) -> Batch:
+    numbers = np.zeros(read.documents.shape, np.int32)
+    np.cumsum(read.documents[:, 1:] != read.documents[:, :-1], axis=1, out=numbers[:, 1:])
+    return Batch(
+        tokens=torch.from_numpy(read.tokens),
+        targets=torch.from_numpy(read.targets),
+        positions=torch.from_numpy(read.positions),
+        documents=torch.from_numpy(numbers),
+    )

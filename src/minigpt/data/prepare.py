@@ -4,9 +4,11 @@
 2. Train the tokenizer on the train split (or on a sample of it).
 3. Tokenize and write shards.
 
-The same documents and config give byte-identical shards. What grows with the corpus in memory is
-a digest and a signature a document (see `clean` and `duplicates`); on disk, beside the result,
-the cleaned text.
+What concerns one document alone (reading, repairing, judging, tokenizing) is done by a `Work`,
+here or on a cluster; what depends on the order is done here, in the order of the source. The same
+documents and config give byte-identical shards. What grows with the corpus in memory is a digest
+and a signature a document (see `clean` and `duplicates`); on disk, beside the result, the cleaned
+text.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from minigpt.data.shards import (
     token_dtype,
     write_index,
 )
-from minigpt.data.sources import read_documents, total_bytes
+from minigpt.data.sources import total_bytes
 from minigpt.data.spool import Spool, SpooledDocument
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.data.tokenizer_build import (
@@ -47,19 +49,21 @@ from minigpt.data.tokenizer_build import (
     load_file,
     train_bpe,
 )
+from minigpt.data.work import LocalWork, Work
 
 _KEYS = 1 << 64
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1024
 
 
-def prepare(config: DataConfig, destination: str | Path) -> Artifact:
+def prepare(config: DataConfig, destination: str | Path, work: Work | None = None) -> Artifact:
     """Make a dataset artifact, and its tokenizer's at `<destination>-tokenizer`.
 
     Args:
         config: What to read and how.
         destination: A path or URL at which nothing may exist yet. A tokenizer that lies beside
             it already is used as the parent if it is the very same.
+        work: Who reads, cleans and tokenizes documents; by default this process.
 
     Returns:
         The dataset; `TokenDataset.open(artifact.path, "train")` reads it.
@@ -72,6 +76,7 @@ def prepare(config: DataConfig, destination: str | Path) -> Artifact:
     beside = f"{str(destination).rstrip('/')}-tokenizer"
     _refuse_other_tokenizer(beside, config.tokenizer)
     existing = _existing_tokenizer(config.tokenizer)
+    work = work or LocalWork()
     parents: list[Artifact | Parent] = []  # read when the manifest is sealed
     created: Artifact | None = None
     try:
@@ -79,12 +84,12 @@ def prepare(config: DataConfig, destination: str | Path) -> Artifact:
             stopwatch = _Stopwatch()
             with Spool(draft.path.parent) as spool:
                 report = CleaningReport()
-                fingerprint = _fill(spool, config, report)
+                fingerprint = _fill(spool, config, report, work)
                 split_of = _Splitter.plan(spool, config)
                 stopwatch.lap("clean")
                 tokenizer = existing or _train_tokenizer(config.tokenizer, spool, split_of)
                 stopwatch.lap("tokenizer")
-                index = _write_shards(draft.path, config, spool, split_of, tokenizer)
+                index = _write_shards(draft.path, config, spool, split_of, tokenizer, work)
                 stopwatch.lap("tokenize")
             write_index(draft.path, index)
             (draft.path / "tokenizer").mkdir()
@@ -118,7 +123,7 @@ class _Stopwatch:
         self.laps[name], self._last = round(now - self._last, 3), now
 
 
-def _fill(spool: Spool, config: DataConfig, report: CleaningReport) -> str:
+def _fill(spool: Spool, config: DataConfig, report: CleaningReport, work: Work) -> str:
     """Spool the cleaned documents; return the SHA-256 of their concatenated text.
 
     Raises:
@@ -133,12 +138,12 @@ def _fill(spool: Spool, config: DataConfig, report: CleaningReport) -> str:
     for source, is_val, most in sources:
         room = math.inf if most is None else spool.bytes + most
         with progress("reading and cleaning", total_bytes(source), unit="bytes") as bar:
-            for raw in read_documents(source, max_document_bytes=config.clean.max_document_bytes):
-                bar.advance(len(raw.text))
-                document = cleaner.clean(raw)
+            for screened in work.screened(source, config.clean):
+                bar.advance(screened.characters)
+                document = cleaner.admit(screened)
                 if document is None:
                     continue
-                if not is_new(document.text):
+                if not is_new(document.text, screened.signature):
                     report.count("dropped_near_duplicate")
                     continue
                 report.count("kept")
@@ -158,9 +163,9 @@ def _fill(spool: Spool, config: DataConfig, report: CleaningReport) -> str:
     return fingerprint.hexdigest()
 
 
-def _near_duplicate_filter(config: DataConfig) -> Callable[[str], bool]:
+def _near_duplicate_filter(config: DataConfig) -> Callable[[str, bytes | None], bool]:
     if config.clean.near_duplicates is None:
-        return lambda text: True
+        return lambda text, signature: True
     from minigpt.data.duplicates import NearDuplicates
 
     return NearDuplicates(config.clean.near_duplicates, config.clean.permutations).add
@@ -267,6 +272,7 @@ def _write_shards(
     spool: Spool,
     split_of: _Splitter,
     tokenizer: Tokenizer,
+    work: Work,
 ) -> DatasetIndex:
     eos = tokenizer.eos_token_id
     assert eos is not None, "load_file refuses tokenizers without one"
@@ -278,12 +284,10 @@ def _write_shards(
     sizes: dict[Split, SplitIndex] = {}
     try:
         with progress("tokenizing", spool.bytes, unit="bytes") as bar:
-            for batch in _batches(iter(spool)):
-                texts = [document.text.decode() for document in batch]
-                for document, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
-                    size = len(document.text)
-                    writers[split_of(document)].append([eos, *ids], num_bytes=size)
-                    bar.advance(size)
+            for document, ids in work.encoded(tokenizer, _batches(iter(spool))):
+                size = len(document.text)
+                writers[split_of(document)].append([eos, *ids], num_bytes=size)
+                bar.advance(size)
     finally:
         for split, writer in writers.items():
             sizes[split] = writer.close()

@@ -9,18 +9,23 @@ document is the end-of-text token followed by its text's tokens.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Literal, Self
+from typing import BinaryIO, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from minigpt.core.artifact import read_manifest
 from minigpt.core.config import Config, from_mapping
 from minigpt.core.errors import ArtifactError, ConfigError
-from minigpt.core.storage import write_atomic
+from minigpt.core.manifest import Manifest
+from minigpt.core.storage import is_remote, write_atomic
+from minigpt.data.remote import RemoteShards, is_remote_copy, open_remote
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -126,12 +131,29 @@ def write_index(directory: Path, index: DatasetIndex) -> None:
     write_atomic(directory / INDEX_FILE, text.encode())
 
 
+class Shards(Protocol):
+    """The token files of one split."""
+
+    def __getitem__(self, number: int) -> npt.NDArray[np.integer]:
+        """Map shard `number`; fetches it first where it is not here."""
+        ...
+
+    def prefetch(self, numbers: Iterable[int]) -> None:
+        """Begin to fetch shards that will be needed soon; returns at once, never fails."""
+        ...
+
+
+class _LocalShards(list[npt.NDArray[np.integer]]):
+    def prefetch(self, numbers: Iterable[int]) -> None:
+        pass
+
+
 class TokenDataset:
     """One split of a dataset artifact, memory-mapped and read-only.
 
     Nothing is read until it is asked for; finding a document takes O(1). Safe to share between
-    threads and forked processes. Open the artifact with `open_artifact` first where its bytes
-    must be verified.
+    threads and, where it is local, forked processes. Open a local artifact with `open_artifact`
+    first where its bytes must be verified.
     """
 
     def __init__(self, directory: Path, split: Split, index: DatasetIndex) -> None:
@@ -145,32 +167,59 @@ class TokenDataset:
         self.num_bytes: int = size.bytes
         self._offsets = _map(directory / f"{split}.offsets", "<i8", size.documents + 1)
         step = index.shard_tokens
-        self._shards = [
-            _map(directory / _shard_name(split, number), index.dtype, min(step, size.tokens - at))
-            for number, at in enumerate(range(0, size.tokens, step))
-        ]
+        names = [_shard_name(split, number) for number in range(-(-size.tokens // step))]
+        self._shards: Shards
+        if is_remote_copy(directory):
+            self._shards = RemoteShards(directory, names, index.dtype)
+        else:
+            self._shards = _LocalShards(
+                _map(directory / name, index.dtype, min(step, size.tokens - number * step))
+                for number, name in enumerate(names)
+            )
 
     @classmethod
     def open(cls, artifact_dir: str | Path, split: Split) -> TokenDataset:
         """Open one split of a dataset.
 
         Args:
-            artifact_dir: The dataset artifact's local directory.
+            artifact_dir: The dataset artifact's local directory, or any fsspec URL of one.
             split: `train` or `val`; a split without documents opens as empty.
 
         Raises:
             ArtifactError: No dataset there, from a newer version, or a file of the wrong size.
+            StorageError: The URL can't be read.
         """
-        directory = Path(artifact_dir)
+        remote = is_remote(artifact_dir)
+        directory = open_remote(str(artifact_dir)).path if remote else Path(artifact_dir)
         index = read_index(directory)
         if split not in index.splits:
             raise ArtifactError(f"dataset {directory} has no split {split!r}, only train and val")
         return cls(directory, split, index)
 
     @property
+    def is_remote(self) -> bool:
+        """Whether its shards are fetched from a URL."""
+        return isinstance(self._shards, RemoteShards)
+
+    @property
     def tokenizer_dir(self) -> Path:
         """The directory of the tokenizer that made these tokens."""
         return self.directory / "tokenizer"
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The dataset artifact's manifest."""
+        return read_manifest(self.directory)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the dataset's files: equal for a dataset that was prepared again alike."""
+        return files_fingerprint(self.manifest)
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """A hash of the tokenizer's files."""
+        return files_fingerprint(self.manifest, prefix="tokenizer/")
 
     @property
     def offsets(self) -> npt.NDArray[np.int64]:
@@ -199,10 +248,23 @@ class TokenDataset:
         ]
         return np.concatenate(parts)
 
+    def prefetch(self, positions: npt.ArrayLike) -> None:
+        """Say which stream positions will be read soon."""
+        inside = np.minimum(np.asarray(positions), self.num_tokens - 1)
+        self._shards.prefetch(np.unique(inside // self.index.shard_tokens).tolist())
+
     def document_of(self, positions: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Return the document that holds each stream position, any shape."""
         found = np.searchsorted(self._offsets, np.asarray(positions), side="right") - 1
         return np.asarray(found, np.int64)
+
+
+def files_fingerprint(manifest: Manifest, *, prefix: str = "") -> str:
+    """Hash the names and contents of an artifact's files, or of those that begin with `prefix`."""
+    files = {
+        name: entry.sha256 for name, entry in manifest.files.items() if name.startswith(prefix)
+    }
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def read_index(directory: Path) -> DatasetIndex:

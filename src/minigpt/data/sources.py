@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import IO
 
@@ -23,12 +23,15 @@ _CODE_NAME = re.compile(
 )
 
 
-def read_documents(config: SourceConfig, *, max_document_bytes: int) -> Iterator[RawDocument]:
+def read_documents(
+    config: SourceConfig, *, max_document_bytes: int, files: Sequence[SourceFile] | None = None
+) -> Iterator[RawDocument]:
     """Stream a source's documents in a fixed order.
 
     Args:
         config: What to read.
         max_document_bytes: Longer texts are cut at line ends into documents of at most this size.
+        files: Those of the source's files (`find_files`) that are to be read; by default all.
 
     Raises:
         DataError: Nothing is found, or a file is malformed (named with its line) or lacks the
@@ -36,11 +39,11 @@ def read_documents(config: SourceConfig, *, max_document_bytes: int) -> Iterator
         StorageError: A file can't be read.
     """
     if config.kind in ("text", "pystdlib"):
-        for file in find_files(config):
+        for file in find_files(config) if files is None else files:
             with storage_errors(f"read {file.path}"):
                 yield from _read_text(file, config.separator, max_document_bytes)
         return
-    for document in _read_records(config):
+    for document in _read_records(config, files):
         if len(document.text) * 4 <= max_document_bytes:  # no character takes more than 4 bytes
             yield document
             continue
@@ -56,12 +59,14 @@ def total_bytes(config: SourceConfig) -> int | None:
     return sum(file.size for file in find_files(config))
 
 
-def _read_records(config: SourceConfig) -> Iterator[RawDocument]:
+def _read_records(
+    config: SourceConfig, files: Sequence[SourceFile] | None
+) -> Iterator[RawDocument]:
     if config.kind == "huggingface":
         yield from read_huggingface(config)
         return
     read = read_jsonl if config.kind == "jsonl" else read_parquet
-    for file in find_files(config):
+    for file in find_files(config) if files is None else files:
         with storage_errors(f"read {file.path}"):
             yield from read(file, config.text_field)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import statistics
@@ -13,13 +11,14 @@ import torch
 
 from minigpt.core.artifact import Artifact, is_artifact
 from minigpt.core.clock import Clock
-from minigpt.core.errors import DataError, TrainingError
+from minigpt.core.errors import TrainingError
 from minigpt.core.machine import usable_cores
 from minigpt.core.manifest import Parent
 from minigpt.core.telemetry import get_logger
 from minigpt.data.loader import Batch, BatchLoader
-from minigpt.data.shards import TokenDataset
+from minigpt.data.skip_list import SkipList
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.data.training_data import Documents, TrainingData, open_training_data
 from minigpt.model.config import ModelConfig
 from minigpt.model.decoder import Decoder
 from minigpt.model.weights import LoadedModel, check_vocab, load_model
@@ -53,47 +52,42 @@ _DEFAULT_VALIDATIONS = 10
 
 @dataclass(frozen=True)
 class Sources:
-    """What a run reads: its dataset, opened, and the weights to start from."""
+    """What a run reads: its dataset or a mixture's, opened, and the weights to start from."""
 
-    dataset: Artifact
-    train: TokenDataset
-    validation: TokenDataset
+    train: TrainingData
+    validation: Documents
     tokenizer: Tokenizer
     initial: LoadedModel | None
 
     @property
     def parents(self) -> list[Artifact | Parent]:
         """What the run's checkpoints and its model come from."""
+        datasets = list(self.train.artifacts.values())
         if self.initial is None or not is_artifact(self.initial.path):
-            return [self.dataset]
+            return [*datasets]
         uri = str(self.initial.path)
-        return [self.dataset, Parent(id=self.initial.id, kind="model", uri=uri)]
+        return [*datasets, Parent(id=self.initial.id, kind="model", uri=uri)]
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the dataset's files: equal for a dataset that was prepared again alike."""
-        files = {name: entry.sha256 for name, entry in self.dataset.manifest.files.items()}
-        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+        """A hash of the datasets' files: equal for ones that were prepared again alike."""
+        return self.train.fingerprint
 
 
 def open_sources(config: TrainConfig, dataset: Artifact) -> Sources:
     """Open everything the run reads.
 
     Raises:
-        DataError: The training split is empty.
+        DataError: A training split is empty, or a mixture's tokenizers differ.
         ModelError: The weights to initialize from don't fit the dataset's tokenizer.
     """
-    train = TokenDataset.open(dataset.path, "train")
-    if train.num_documents == 0:
-        raise DataError(
-            f"{dataset.uri} has no training documents", remedy="prepare the dataset from more text"
-        )
+    train = open_training_data(config.data, dataset)
     tokenizer = Tokenizer.load(train.tokenizer_dir)
     initial = None
     if config.initialize_from is not None:
         initial = load_model(config.initialize_from, dtype="float32")
         check_vocab(initial.config, tokenizer.vocab_size)
-    return Sources(dataset, train, TokenDataset.open(dataset.path, "val"), tokenizer, initial)
+    return Sources(train, train.validation, tokenizer, initial)
 
 
 def use_machine(config: TrainConfig) -> None:
@@ -205,6 +199,21 @@ class Build:
         return gathered(self.model, self.mesh)
 
 
+def build_loader(config: TrainConfig, data: TrainingData) -> BatchLoader:
+    """Make the loader of a resolved config, at its first sample."""
+    batch = config.batch
+    assert isinstance(batch.sequence_length, int) and isinstance(batch.micro_batch_size, int)
+    assert isinstance(batch.tokens_per_step, int)
+    return data.loader(
+        batch_size=batch.micro_batch_size,
+        sequence_length=batch.sequence_length,
+        samples_per_step=batch.tokens_per_step // batch.sequence_length,
+        seed=config.seed,
+        packing=batch.packing,
+        skip_list=config.skip_list if isinstance(config.skip_list, SkipList) else None,
+    )
+
+
 def build(
     config: TrainConfig, model_config: ModelConfig, sources: Sources, mesh: Mesh | None = None
 ) -> Build:
@@ -220,12 +229,7 @@ def build(
     batch = config.batch
     assert isinstance(batch.sequence_length, int) and isinstance(batch.micro_batch_size, int)
     assert isinstance(batch.loss_chunk_tokens, int) and isinstance(config.compile, bool)
-    loader = BatchLoader(
-        sources.train,
-        batch_size=batch.micro_batch_size,
-        sequence_length=batch.sequence_length,
-        seed=config.seed,
-    )
+    loader = build_loader(config, sources.train)
     model = Decoder(model_config)
     if sources.initial is not None:
         model.load_state_dict(sources.initial.model.state_dict())

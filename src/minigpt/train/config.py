@@ -7,12 +7,14 @@ A recipe may leave almost everything at "auto": `train.resolve` derives those va
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from minigpt.core.config import Auto, Config
-from minigpt.data.config import DataConfig
+from minigpt.core.config import Auto, Config, from_mapping
+from minigpt.data.config import DataConfig, MixtureConfig, Packing
+from minigpt.data.skip_list import SkipList
 from minigpt.model.config import RopeScaling
 
 Count = Annotated[int, Field(ge=1)]
@@ -86,6 +88,9 @@ class BatchConfig(Config):
     """Rows per forward and backward pass; the rest of a global batch is accumulated."""
     loss_chunk_tokens: Count | Auto = "auto"
     """Tokens whose logits exist at once; auto keeps a chunk's logits near 64 MB."""
+    packing: Packing = "windows"
+    """windows: rows are cut from the stream wherever they fall. best-fit: rows are made up of
+    whole documents, only those longer than a row are split."""
 
 
 class OptimizerConfig(Config):
@@ -282,9 +287,12 @@ class TrainConfig(Config):
 
     name: str = "run"
     """Name of the run and of the model it makes."""
-    data: str | DataConfig
-    """Path of a dataset artifact; or how to prepare one: DataConfig's keys, or the path of a YAML
-    file of them, relative to the recipe."""
+    data: str | DataConfig | MixtureConfig
+    """Path or URL of a dataset artifact; or how to prepare one: DataConfig's keys, or the path of
+    a YAML file of them, relative to the recipe; or a `mixture` of datasets, likewise."""
+    skip_list: str | SkipList | None = None
+    """Documents and samples never to train on: path of a skip list, relative to the recipe, which
+    is copied into the run."""
     size: Annotated[int, Field(ge=1, le=128)] | Auto = "auto"
     """The one dial: layers. Width, heads, batch, learning rates and budget follow from it; auto
     is the largest that `minutes` or `max_tokens` trains well on this machine, 4 without them."""
@@ -325,3 +333,11 @@ class TrainConfig(Config):
     """Checkpoints."""
     trackers: TrackersConfig = TrackersConfig()
     """MLflow, TensorBoard, W&B."""
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _choose_mixture(cls, value: Any) -> Any:
+        """Read a mixture as one, so that its mistakes are not reported as another's."""
+        if isinstance(value, Mapping) and "mixture" in value:
+            return from_mapping(MixtureConfig, value, origin="data")
+        return value

@@ -158,7 +158,7 @@ class TrainLoop:
             "grad_norm": result.grad_norm,
             "lr": self._config.optimizer.lr * factor,
             "tokens": self.state.tokens,
-            "epoch": self.state.tokens / self._parts.loader.dataset.num_tokens,
+            "epoch": self.state.tokens / self._parts.loader.num_tokens,
             "seconds": seconds,
             "tokens_per_second": speed,
             "mfu": self._speedometer.mfu(speed),

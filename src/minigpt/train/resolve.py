@@ -288,7 +288,7 @@ def _resolve_batch(
         "batch.tokens_per_step / batch.sequence_length", rows, "batch.micro_batch_size", micro
     )
     chunk = min(micro * sequence_length, max(128, _CHUNK_LOGITS // model.vocab_size))
-    return BatchConfig(
+    return given.replace(
         sequence_length=sequence_length,
         tokens_per_step=tokens_per_step,
         micro_batch_size=micro,

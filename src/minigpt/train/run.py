@@ -26,6 +26,7 @@ from minigpt.core.config import load_config, resolved_values, to_yaml
 from minigpt.core.errors import ArtifactError, ConfigError, TrainingError
 from minigpt.core.storage import storage_errors, write_atomic
 from minigpt.core.telemetry import get_logger
+from minigpt.data.skip_list import SKIP_FILE, SkipList
 from minigpt.model.config import ModelConfig
 from minigpt.train.build import (
     Build,
@@ -179,10 +180,13 @@ def _train(config: TrainConfig, dataset: Artifact, run_dir: Path, clock: Clock) 
     else:
         fixed, model_config = stored, resolve_for(stored, sources).model
     parts = build(fixed, model_config, sources)
+    parts.loader.use_skip_list(SkipList.of_run(run_dir, parts.loader.skip_list))
     if fixed.steps == "auto":
         fixed = fit_minutes(fixed, parts, clock, started)
     if stored is None:
         show_resolved(config, fixed, model_config)
+        if fixed.skip_list is not None:
+            parts.loader.skip_list.write(run_dir / SKIP_FILE)
         write_atomic(run_dir / CONFIG_FILE, to_yaml(fixed).encode())
     return _run(fixed, parts, sources, run_dir, clock)
 
@@ -267,7 +271,7 @@ def _restore(
     state = checkpoint.state
     if state.dataset_sha256 != sources.fingerprint:
         raise ArtifactError(
-            f"{sources.dataset.uri} is not the dataset that this run began with",
+            f"{sources.train.uri} is not the dataset that this run began with",
             remedy="restore that dataset, or start a new run in another --run-dir",
         )
     if state.environment != environment:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minigpt.data.shards import TokenDataset
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.data.training_data import Documents
 from minigpt.evaluate.likelihood import autocast, bits_per_byte, score_documents
 from minigpt.model.attention import CausalAttention
 from minigpt.model.decoder import Decoder
@@ -38,7 +38,7 @@ class Validator:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: Documents,
         tokenizer: Tokenizer,
         config: ValidationConfig,
         *,
@@ -101,7 +101,7 @@ class Validator:
         )
 
 
-def choose_documents(dataset: TokenDataset, most_tokens: int, seed: int) -> list[np.ndarray]:
+def choose_documents(dataset: Documents, most_tokens: int, seed: int) -> list[np.ndarray]:
     """Draw whole documents in an order that `seed` decides, until `most_tokens` are reached.
 
     The document that would go beyond is cut; one of less than two tokens is passed over.
