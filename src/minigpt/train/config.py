@@ -7,9 +7,9 @@ A recipe may leave almost everything at "auto": `train.resolve` derives those va
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from minigpt.core.config import Auto, Config
 from minigpt.data.config import DataConfig
@@ -191,6 +191,71 @@ class RecoveryConfig(Config):
     """Price of one device for an hour, for the cost lines of `minigpt train goodput`."""
 
 
+class MeshConfig(Config):
+    """How many processes a run spreads over, along which axes; the product is the world size."""
+
+    pp: Count = 1
+    """Pipeline parallel: groups of layers on different ranks."""
+    dp: Count = 1
+    """Data parallel with whole replicas; together with fsdp, sharded within and replicated
+    between (hybrid sharding)."""
+    fsdp: Count = 1
+    """Data parallel with parameters, gradients and optimizer state sharded (FSDP2)."""
+    ep: Count = 1
+    """Expert parallel: experts on different ranks, each with data of its own."""
+    cp: Count = 1
+    """Context parallel: parts of each row on different ranks."""
+    tp: Count = 1
+    """Tensor parallel: parts of each matrix on different ranks, with sequence parallelism and the
+    loss computed over a sharded vocabulary."""
+    reshard: Literal["zero3", "zero2"] = "zero3"
+    """fsdp: zero3 frees a layer's gathered weights after its forward pass and gathers them again;
+    zero2 keeps them until the backward pass has used them."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "1f1b"
+    """pp: the order of forward and backward passes."""
+    virtual_stages: Count = 1
+    """pp: groups of layers on each rank; more than one needs interleaved or zero-bubble."""
+    reduce: Literal["ring", "tree"] = "ring"
+    """dp: how gradients are added up. ring is the backend's all-reduce, overlapped with the
+    backward pass; tree adds in an order that does not depend on the number of ranks, so that 1, 2
+    and 4 give the same bits."""
+    compress: Literal["none", "fp16", "bf16", "powersgd"] = "none"
+    """dp with ring: gradients are compressed on their way. Changes the result."""
+
+    @property
+    def size(self) -> int:
+        """Processes in all."""
+        return self.pp * self.tp * self.cp * self.data_size
+
+    @property
+    def data_size(self) -> int:
+        """Ranks that see different micro-batches."""
+        return self.dp * self.fsdp * self.ep
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.virtual_stages > 1 and self.schedule in ("gpipe", "1f1b"):
+            raise ValueError(
+                f"mesh.virtual_stages = {self.virtual_stages} with mesh.schedule = "
+                f"{self.schedule}: several stages a rank need interleaved or zero-bubble"
+            )
+        others = {name: getattr(self, name) for name in ("pp", "fsdp", "ep", "cp", "tp")}
+        used = [f"mesh.{name} = {size}" for name, size in others.items() if size > 1]
+        if self.reduce == "tree" and used:
+            raise ValueError(
+                f"mesh.reduce = tree with {', '.join(used)}: only data parallel (mesh.dp) sums in "
+                "an order that is free of the number of ranks"
+            )
+        if self.reduce == "tree" and self.dp & (self.dp - 1):
+            raise ValueError(f"mesh.reduce = tree with mesh.dp = {self.dp}: not a power of two")
+        if self.compress != "none" and (self.reduce == "tree" or used or self.dp == 1):
+            raise ValueError(
+                f"mesh.compress = {self.compress} needs mesh.dp > 1 alone and mesh.reduce = ring: "
+                "torch compresses in its data parallel wrapper"
+            )
+        return self
+
+
 class TrainConfig(Config):
     """A training run. "auto" is derived and printed; every value can be given instead."""
 
@@ -217,6 +282,8 @@ class TrainConfig(Config):
     """Muon or AdamW, and their rates."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Learning rate over the steps."""
+    mesh: MeshConfig = MeshConfig()
+    """The processes of the run, as `mesh: {dp: 2, tp: 2}`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
