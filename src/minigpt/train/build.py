@@ -31,6 +31,7 @@ from minigpt.train.machine import (
     has_fast_bfloat16,
     measured_peak,
 )
+from minigpt.train.mesh import Mesh
 from minigpt.train.optimizer import Optimizer
 from minigpt.train.resolve import Facts, Resolved, resolve, with_steps
 from minigpt.train.step import NonFiniteError, StepOptions, TrainStep
@@ -130,7 +131,9 @@ class Build:
     validator: Validator
 
 
-def build(config: TrainConfig, model_config: ModelConfig, sources: Sources) -> Build:
+def build(
+    config: TrainConfig, model_config: ModelConfig, sources: Sources, mesh: Mesh | None = None
+) -> Build:
     """Make the parts of a resolved config; equal configs give equal bits."""
     batch = config.batch
     assert isinstance(batch.sequence_length, int) and isinstance(batch.micro_batch_size, int)
@@ -162,7 +165,7 @@ def build(config: TrainConfig, model_config: ModelConfig, sources: Sources) -> B
         dtype=config.precision,
         seed=config.seed,
     )
-    return Build(model, optimizer, TrainStep(model, optimizer, options), loader, validator)
+    return Build(model, optimizer, TrainStep(model, optimizer, options, mesh), loader, validator)
 
 
 def fit_minutes(config: TrainConfig, parts: Build, clock: Clock, started: float) -> TrainConfig:

@@ -16,6 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
 from minigpt.core.clock import Clock
 
 PHASES = (
@@ -72,17 +75,16 @@ class Progress:
         path: Path | None = None,
         *,
         began: float | None = None,
-        on_enter: Callable[[str, int, int], None] | None = None,
     ) -> None:
         """Begin in phase "start".
 
         Args:
             path: The beacon's file; None publishes nothing.
             began: Unix time at which the process began; None is now.
-            on_enter: Called with phase, step and micro-batch after each change.
         """
         self._map = _reserve(path) if path is not None else None
-        self._on_enter = on_enter
+        self.listeners: list[Callable[[str, int, int], None]] = []
+        """Called with phase, step and micro-batch after each change."""
         self._began = time.time() if began is None else began
         self._sequence = 0
         self._seconds = dict.fromkeys(PHASES, 0.0)
@@ -103,8 +105,34 @@ class Progress:
         self._seconds[self._phase] += now - self._entered
         self._phase, self._entered = phase, now
         self._publish(micro_batch)
-        if self._on_enter is not None:
-            self._on_enter(phase, self.step, micro_batch)
+        for listener in self.listeners:
+            listener(phase, self.step, micro_batch)
+
+    def follow(self, model: nn.Module) -> None:
+        """Tell the phases of a step by hooks on the model: forward, backward, then reduce.
+
+        The first parameter that learns gets its gradient last; what comes after it, up to the
+        next phase, is the exchange of gradients.
+        """
+        micro_batch = -1
+
+        def forward(*_: object) -> None:
+            nonlocal micro_batch
+            if torch.is_grad_enabled():
+                micro_batch = micro_batch + 1 if self._phase == "reduce" else 0
+                self.enter("forward", micro_batch)
+
+        def backward(*_: object) -> None:
+            if torch.is_grad_enabled():
+                self.enter("backward", micro_batch)
+
+        def reduce(_: Tensor) -> None:
+            self.enter("reduce", micro_batch)
+
+        model.register_forward_pre_hook(forward)
+        model.register_forward_hook(backward)
+        learning = next(p for p in model.parameters() if p.requires_grad)
+        learning.register_post_accumulate_grad_hook(reduce)
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds in each phase, up to now; they sum to the process's life."""

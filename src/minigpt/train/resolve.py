@@ -78,7 +78,7 @@ def resolve(config: TrainConfig, facts: Facts) -> Resolved:
             remedy=f"--set batch.sequence_length={model.context_length}",
         )
     tokens = _token_budget(config, facts, model, sequence_length)
-    batch = _resolve_batch(config.batch, facts, sequence_length, model, tokens)
+    batch = _resolve_batch(config, facts, sequence_length, model, tokens)
     assert batch.tokens_per_step != "auto"
     # Final, or where `minutes` decides a first idea.
     steps = _choose(config.steps, max(1, round(tokens / batch.tokens_per_step)))
@@ -210,8 +210,9 @@ def _token_budget(
 
 
 def _resolve_batch(
-    given: BatchConfig, facts: Facts, sequence_length: int, model: ModelConfig, tokens: float
+    config: TrainConfig, facts: Facts, sequence_length: int, model: ModelConfig, tokens: float
 ) -> BatchConfig:
+    given = config.batch
     windows = (facts.train_tokens - 1) // sequence_length
     least = 1 if given.micro_batch_size == "auto" else given.micro_batch_size
     if given.tokens_per_step == "auto":
@@ -232,7 +233,9 @@ def _resolve_batch(
         "batch.tokens_per_step", tokens_per_step, "batch.sequence_length", sequence_length
     )
     most = max(1, (8192 if facts.device == "cpu" else 65536) // sequence_length)
-    divisor = max(d for d in range(1, min(most, rows) + 1) if rows % d == 0)
+    ranks = config.mesh.data_size
+    share = rows // ranks if rows % ranks == 0 else rows  # each rank takes whole micro-batches
+    divisor = max(d for d in range(1, min(most, share) + 1) if share % d == 0)
     micro = _choose(given.micro_batch_size, divisor)
     _require_divisible(
         "batch.tokens_per_step / batch.sequence_length", rows, "batch.micro_batch_size", micro

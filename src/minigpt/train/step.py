@@ -14,6 +14,7 @@ from minigpt.data.loader import Batch
 from minigpt.model.attention import Attention, CausalAttention
 from minigpt.model.decoder import Decoder, Runner, call
 from minigpt.train.attention import MatmulAttention
+from minigpt.train.mesh import DATA_AXES, Mesh
 from minigpt.train.objective import IGNORED_TARGET, cross_entropy_sum
 from minigpt.train.optimizer import Optimizer
 
@@ -49,10 +50,17 @@ class StepOptions:
 class TrainStep:
     """Runs updates of a model; compiled on first use where asked for."""
 
-    def __init__(self, model: Decoder, optimizer: Optimizer, options: StepOptions) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        optimizer: Optimizer,
+        options: StepOptions,
+        mesh: Mesh | None = None,
+    ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._options = options
+        self._mesh = mesh
         self._parameters = list(model.parameters())
         self._device = self._parameters[0].device
         self._run: Runner = call
@@ -74,7 +82,7 @@ class TrainStep:
         """Accumulate gradients over `batches`, clip them and update the parameters.
 
         Args:
-            batches: The micro-batches of one global batch.
+            batches: The micro-batches of one global batch, or this rank's block of them.
             learning_rate_factor: Factor of the peak learning rates.
             should_stop: Asked before each micro-batch.
 
@@ -84,17 +92,40 @@ class TrainStep:
         Raises:
             NonFiniteError: Loss or gradient is not finite; nothing has changed.
         """
+        result = self.compute(batches, should_stop)
+        if result is None:
+            return None
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            self.discard()
+            raise NonFiniteError(f"loss is {result.loss}, the gradient's norm {result.grad_norm}")
+        self.update(learning_rate_factor)
+        return result
+
+    def compute(
+        self, batches: Sequence[Batch], should_stop: Callable[[], bool] = lambda: False
+    ) -> StepResult | None:
+        """Compute loss and clipped gradient of a global batch; `update` or `discard` comes next.
+
+        The parameters are untouched. All ranks get the same numbers.
+
+        Args:
+            batches: As in `run`.
+            should_stop: As in `run`.
+        """
         loss = self.accumulate(batches, should_stop)
         if loss is None:
-            self._optimizer.zero_grad()
+            self.discard()
             return None
-        grad_norm = self.clip_gradients()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self._optimizer.zero_grad()
-            raise NonFiniteError(f"loss is {loss}, the gradient's norm is {grad_norm}")
+        return StepResult(loss, self.clip_gradients())
+
+    def update(self, learning_rate_factor: float) -> None:
+        """Update the parameters from the gradient; the only place where they change."""
         self._optimizer.step(learning_rate_factor)
         self._optimizer.zero_grad()
-        return StepResult(loss, grad_norm)
+
+    def discard(self) -> None:
+        """Drop the gradient."""
+        self._optimizer.zero_grad()
 
     def accumulate(
         self, batches: Sequence[Batch], should_stop: Callable[[], bool] = lambda: False
@@ -104,7 +135,7 @@ class TrainStep:
         Returns:
             The mean loss, or None where stopped half way.
         """
-        valid = sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches)
+        valid = self._sum(float(sum(int((b.targets != IGNORED_TARGET).sum()) for b in batches)))
         assert valid, "a global batch without a single target"
         total = 0.0
         for batch in batches:
@@ -114,7 +145,9 @@ class TrainStep:
             # Divided by the global count, not the micro-batch's: each token weighs the same.
             (loss / valid).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-        return total / valid
+        if self._mesh is not None and self._mesh.data_size > 1:
+            self._sum_gradients()
+        return self._sum(total) / valid
 
     def clip_gradients(self) -> float:
         """Scale the gradient down to `clip_norm` where it is longer; return its norm before."""
@@ -123,6 +156,21 @@ class TrainStep:
         if self._options.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._options.clip_norm, norm)
         return float(norm)
+
+    def _sum_gradients(self) -> None:
+        assert self._mesh is not None
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        flat = self._mesh.sum(torch.cat([g.reshape(-1) for g in gradients]), *DATA_AXES)
+        for gradient, part in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(part.view_as(gradient))
+
+    def _sum(self, value: float) -> float:
+        """Add up a number over the ranks that see different micro-batches."""
+        if self._mesh is None or self._mesh.data_size == 1:
+            return value
+        return float(self._mesh.sum(torch.tensor(value, dtype=torch.float64), *DATA_AXES))
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         tensors = (batch.tokens, batch.targets, batch.positions, batch.documents)

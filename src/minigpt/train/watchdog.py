@@ -65,7 +65,9 @@ class HangDetector:
         return max(self._config.hang_seconds, usual)
 
 
-def culprits(beacons: Mapping[int, Beacon], states: Mapping[int, str]) -> tuple[tuple[int, ...], str]:
+def culprits(
+    beacons: Mapping[int, Beacon], states: Mapping[int, str]
+) -> tuple[tuple[int, ...], str]:
     """Name the ranks at fault in a hang, and why it is they.
 
     In this order: processes that are stopped; ranks that wait in no collective; ranks whose

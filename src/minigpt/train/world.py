@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+SUPERVISED_VARIABLE = "MINIGPT_SUPERVISED"
+
 _POLL_SECONDS = 0.05
 
 
@@ -116,6 +118,16 @@ def local_world_size() -> int:
 def is_rank() -> bool:
     """Tell whether a launcher has made this process one of several ranks."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_first_rank() -> bool:
+    """Tell whether this process, by its launcher's word, is rank 0; one alone is."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def is_supervised() -> bool:
+    """Tell whether a supervisor started this process; it then holds the run's lock for it."""
+    return SUPERVISED_VARIABLE in os.environ
 
 
 def collective_timeout() -> timedelta:

@@ -1,0 +1,85 @@
+"""Putting a run back to its newest good checkpoint: at the start, and for a rollback."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from minigpt.core.errors import ArtifactError
+from minigpt.core.telemetry import get_logger
+from minigpt.train.build import Build, Sources
+from minigpt.train.checkpoint import Checkpoint, CheckpointStore, TrainState, restore_rng
+from minigpt.train.config import TrainConfig
+from minigpt.train.context import Outputs
+from minigpt.train.machine import numeric_environment
+from minigpt.train.metrics import check_steps
+from minigpt.train.world import World
+
+
+def restore(
+    config: TrainConfig, parts: Build, sources: Sources, outputs: Outputs, world: World
+) -> TrainState:
+    """Put the newest good checkpoint into `parts` and cut the logs back to it, on all ranks.
+
+    Without a checkpoint begin at step 0, which `parts` must be at.
+    """
+    state = _load(config, parts, sources, outputs.store, world)
+    done = {"train": state.step, "validation": state.validated_step, "checkpoint": state.step}
+
+    def keep(line: Mapping[str, Any]) -> bool:
+        return line["kind"] not in done or line["step"] <= done[line["kind"]]
+
+    outputs.metrics.rewind(keep)
+    outputs.events.rewind(keep)
+    if world.is_first:
+        check_steps(outputs.metrics.path, state.step)
+    return state
+
+
+def _load(
+    config: TrainConfig, parts: Build, sources: Sources, store: CheckpointStore, world: World
+) -> TrainState:
+    log = get_logger("train")
+    checkpoint = _newest(store, world)
+    environment = numeric_environment(config.device)
+    if checkpoint is None:
+        random.seed(config.seed)
+        np.random.seed(config.seed % 2**32)
+        torch.manual_seed(config.seed)
+        return TrainState(
+            cursor=parts.loader.state(),
+            environment=environment,
+            dataset_sha256=sources.fingerprint,
+        )
+    state = checkpoint.state
+    if state.dataset_sha256 != sources.fingerprint:
+        raise ArtifactError(
+            f"{sources.dataset.uri} is not the dataset that this run began with",
+            remedy="restore that dataset, or start a new run in another --run-dir",
+        )
+    if state.environment != environment and world.is_first:
+        log.warning(
+            "this machine or torch is not the one the run began on: "
+            "it goes on, but not bit for bit",
+            before=state.environment,
+            now=environment,
+        )
+    parts.model.load_state_dict(checkpoint.model)
+    parts.optimizer.load_state_dict(checkpoint.optimizer)
+    parts.loader.load_state(state.cursor)
+    restore_rng(checkpoint)
+    if world.is_first:
+        where = str(checkpoint.artifact.path)
+        log.info("resuming", step=state.step, steps=config.steps, checkpoint=where)
+    return state
+
+
+def _newest(store: CheckpointStore, world: World) -> Checkpoint | None:
+    """Load the newest good checkpoint; rank 0 first, which sets corrupt ones aside."""
+    found: list[Checkpoint | None] = []
+    world.from_first(lambda: found.append(store.load_latest()))
+    return found[0] if found else store.load_latest()
