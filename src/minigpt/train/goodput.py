@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minigpt.train.reliability import FailureRate, failure_rate
-from minigpt.train.sessions import FAILED
+from minigpt.train.sessions import FAILED, ended_sessions
 
 CATEGORY = {
     "data": "data_wait",
@@ -108,12 +108,11 @@ def read_goodput(events: Sequence[Mapping[str, Any]]) -> Goodput | None:
     """
     spans: list[_Span] = []
     gaps = {"restart": 0.0, "paused": 0.0}
-    begins = [line for line in events if line["kind"] == "session"]
-    ends = [line for line in events if line["kind"] == "session_end"]
-    if not begins or not ends:
+    sessions = ended_sessions(events)
+    if not sessions:
         return None
     device_seconds, previous = 0.0, None
-    for begin, end, lines in _sessions(events):
+    for begin, end, lines in sessions:
         if previous is not None:
             name = "restart" if previous["status"] in FAILED else "paused"
             gaps[name] += max(0.0, begin["time"] - previous["time"])
@@ -121,20 +120,20 @@ def read_goodput(events: Sequence[Mapping[str, Any]]) -> Goodput | None:
         _add_spans(spans, lines, end, first=previous is None)
         device_seconds += begin["ranks"] * (end["time"] - begin["time"])
         previous = end
-    wall = ends[-1]["time"] - begins[0]["time"] - gaps["paused"]
+    wall = sessions[-1].end["time"] - sessions[0].begin["time"] - gaps["paused"]
     totals = dict.fromkeys(CATEGORIES, 0.0) | {"restart": gaps["restart"]}
     for span in spans:
         for name, seconds in span.seconds.items():
             totals["lost_work" if span.lost and name in _LOSABLE else name] += seconds
-    failures = sum(line["status"] in FAILED for line in ends)
+    failures = sum(session.end["status"] in FAILED for session in sessions)
     return Goodput(
         wall_seconds=wall,
         paused_seconds=gaps["paused"],
         seconds=totals,
-        sessions=len(ends),
+        sessions=len(sessions),
         failures=failures,
         rate=failure_rate(failures, max(wall, 1e-6) / 3600),
-        ranks=begins[-1]["ranks"],
+        ranks=sessions[-1].begin["ranks"],
         device_hours=device_seconds / 3600,
         recoveries=[line["seconds"] for line in events if line["kind"] == "recovered"],
     )
@@ -158,24 +157,6 @@ def cost(
         per_million_tokens=total / max(tokens, 1) * 1e6,
         per_bit_per_byte=total / gained if gained > 0 else None,
     )
-
-
-def _sessions(
-    events: Sequence[Mapping[str, Any]],
-) -> list[tuple[Mapping[str, Any], Mapping[str, Any], list[Mapping[str, Any]]]]:
-    """Return each ended session's beginning, end and the marks between."""
-    found = []
-    begin: Mapping[str, Any] | None = None
-    marks: list[Mapping[str, Any]] = []
-    for line in events:
-        if line["kind"] == "session":
-            begin, marks = line, []
-        elif line["kind"] == "session_end" and begin is not None:
-            found.append((begin, line, marks))
-            begin = None
-        elif line["kind"] in ("checkpoint", "rollback") and "phases" in line:
-            marks.append(line)
-    return found
 
 
 def _add_spans(

@@ -350,22 +350,23 @@ class TrainLoop:
         failed, milliseconds = self._world.vote(int(error is not None), round(1000 * seconds))
         if failed:
             raise error or StorageError("rank 0 could not save")
+        self.state = self._with_best()
         self._saves.saved(self.state.step, max(seconds, milliseconds / 1000))
         phases = self._progress.seconds()
         self._report.event("checkpoint", self.state.step, seconds=seconds, phases=phases)
 
     def _write_checkpoint(self) -> None:
-        if self._world.is_first:
-            # First the lines, then the checkpoint that claims they are there.
-            self._out.metrics.flush()
-            self._out.events.flush()
-            self._out.store.save(
-                self._with_best(),
-                model=self._parts.model.state_dict(),
-                optimizer=self._parts.optimizer.state_dict(),
-                parents=self._parents,
-            )
-        self.state = self._with_best()
+        if not self._world.is_first:
+            return
+        # First the lines, then the checkpoint that claims they are there.
+        self._out.metrics.flush()
+        self._out.events.flush()
+        self._out.store.save(
+            self._with_best(),
+            model=self._parts.model.state_dict(),
+            optimizer=self._parts.optimizer.state_dict(),
+            parents=self._parents,
+        )
         self._saves.saved_step = self.state.step
 
     def _with_best(self) -> TrainState:

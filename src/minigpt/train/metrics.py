@@ -99,6 +99,7 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
     Raises:
         StorageError: It could not be written.
     """
+    truncate(path, lambda line: True)  # a torn last line would swallow this one
     log = MetricsLog(path)
     try:
         log.append(line)

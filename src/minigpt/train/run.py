@@ -211,7 +211,6 @@ def _train(
 ) -> Artifact:
     started, world = clock.monotonic(), ranks.world
     history = world.from_first(partial(_open_run, run_dir))
-    progress = Progress(beacon_path(run_dir, world.rank), began=ranks.began)
     sources = open_sources(config, dataset)
     stored = world.from_first(lambda: stored_config(run_dir))
     if stored is None and config.threads == "auto" and world.size > 1:
@@ -231,6 +230,7 @@ def _train(
     if stored is None and world.is_first:
         show_resolved(config, fixed, model_config)
         write_atomic(run_dir / CONFIG_FILE, to_yaml(fixed).encode())
+    progress = Progress(beacon_path(run_dir, world.rank), began=ranks.began)
     return _run(fixed, parts, sources, Session(run_dir, ranks, progress, history), clock)
 
 
@@ -273,8 +273,32 @@ def _check_mesh(config: TrainConfig, model: ModelConfig) -> None:
 def _run(
     config: TrainConfig, parts: Build, sources: Sources, session: Session, clock: Clock
 ) -> Artifact:
+    outputs = _open_outputs(config, session.run_dir, session.ranks.world)
+    status = "failed"
+    try:
+        artifact = _train_to_the_end(config, parts, sources, session, outputs, clock)
+        status = "finished"
+    except (TrainingInterruptedError, KeyboardInterrupt):
+        status = "interrupted"
+        raise
+    finally:
+        now, phases = clock.now().timestamp(), session.progress.seconds()
+        outputs.events.append(end_line(session.progress.step, status, now, phases))
+        outputs.metrics.close()
+        outputs.events.close()
+        outputs.tracker.close(status)
+    return artifact
+
+
+def _train_to_the_end(
+    config: TrainConfig,
+    parts: Build,
+    sources: Sources,
+    session: Session,
+    outputs: Outputs,
+    clock: Clock,
+) -> Artifact:
     run_dir, world, progress = session.run_dir, session.ranks.world, session.progress
-    outputs = _open_outputs(config, run_dir, world)
     go_back = partial(restore, config, parts, sources, outputs, world)
     state = go_back()
     faults = faults_from_environment(world.rank, run_dir)
@@ -294,22 +318,10 @@ def _run(
         sources.parents,
         clock,
     )
-    status = "failed"
-    try:
-        checkpoint = loop.run()
-        progress.enter("finish")
-        finish = partial(_finish, config, parts, sources, outputs, run_dir, loop.state, checkpoint)
-        artifact: Artifact = world.from_first(finish)
-        status = "finished"
-    except (TrainingInterruptedError, KeyboardInterrupt):
-        status = "interrupted"
-        raise
-    finally:
-        now, phases = clock.now().timestamp(), progress.seconds()
-        outputs.events.append(end_line(loop.state.step, status, now, phases))
-        outputs.metrics.close()
-        outputs.events.close()
-        outputs.tracker.close(status)
+    checkpoint = loop.run()
+    progress.enter("finish")
+    finish = partial(_finish, config, parts, sources, outputs, run_dir, loop.state, checkpoint)
+    artifact: Artifact = world.from_first(finish)
     return artifact
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minigpt.core.errors import StorageError
 from minigpt.core.telemetry import get_logger
@@ -40,13 +40,38 @@ class History:
     """The last save's duration."""
 
 
+class EndedSession(NamedTuple):
+    """A session's lines."""
+
+    begin: Mapping[str, Any]
+    end: Mapping[str, Any]
+    marks: list[Mapping[str, Any]]
+    """Its saves and rollbacks, in order."""
+
+
+def ended_sessions(events: Iterable[Mapping[str, Any]]) -> list[EndedSession]:
+    """Return the sessions that have both begun and ended, in order."""
+    found: list[EndedSession] = []
+    begin: Mapping[str, Any] | None = None
+    marks: list[Mapping[str, Any]] = []
+    for line in events:
+        if line["kind"] == "session":
+            begin, marks = line, []
+        elif line["kind"] == "session_end" and begin is not None:
+            found.append(EndedSession(begin, line, marks))
+            begin = None
+        elif line["kind"] in ("checkpoint", "rollback") and "phases" in line:
+            marks.append(line)
+    return found
+
+
 def read_history(events: Sequence[Mapping[str, Any]]) -> History:
     """Sum up the sessions of a run; all of them have ended."""
-    ends = [line for line in events if line["kind"] == "session_end"]
+    ends = [session.end for session in ended_sessions(events)]
     saves = [line["seconds"] for line in events if line["kind"] == "checkpoint"]
     failed = bool(ends) and ends[-1]["status"] in FAILED
     return History(
-        sessions=sum(line["kind"] == "session" for line in events),
+        sessions=len(ends),
         failures=sum(line["status"] in FAILED for line in ends),
         hours=sum(sum(line["phases"].values()) for line in ends) / 3600,
         failed_at=ends[-1]["time"] if failed else None,
