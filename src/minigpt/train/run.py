@@ -56,6 +56,7 @@ from minigpt.train.sessions import (
     close_session,
     end_line,
     read_history,
+    session_start,
 )
 from minigpt.train.skips import read_skips
 from minigpt.train.trackers import BackgroundTracker, make_tracker
@@ -230,8 +231,10 @@ def _train(
     if stored is None and world.is_first:
         show_resolved(config, fixed, model_config)
         write_atomic(run_dir / CONFIG_FILE, to_yaml(fixed).encode())
-    progress = Progress(beacon_path(run_dir, world.rank), began=ranks.began)
-    return _run(fixed, parts, sources, Session(run_dir, ranks, progress, history), clock)
+    began = session_start(history.sessions, ranks.began)
+    progress = Progress(beacon_path(run_dir, world.rank), began=began)
+    session = Session(run_dir, world, ranks.mesh, progress, history, began)
+    return _run(fixed, parts, sources, session, clock)
 
 
 @dataclass(frozen=True)
@@ -239,9 +242,12 @@ class Session:
     """One process's part in a run."""
 
     run_dir: Path
-    ranks: Ranks
+    world: World
+    mesh: Mesh
     progress: Progress
     history: History
+    began: float
+    """Unix time."""
 
 
 def _open_run(run_dir: Path) -> History:
@@ -273,7 +279,7 @@ def _check_mesh(config: TrainConfig, model: ModelConfig) -> None:
 def _run(
     config: TrainConfig, parts: Build, sources: Sources, session: Session, clock: Clock
 ) -> Artifact:
-    outputs = _open_outputs(config, session.run_dir, session.ranks.world)
+    outputs = _open_outputs(config, session.run_dir, session.world)
     status = "failed"
     try:
         artifact = _train_to_the_end(config, parts, sources, session, outputs, clock)
@@ -298,7 +304,7 @@ def _train_to_the_end(
     outputs: Outputs,
     clock: Clock,
 ) -> Artifact:
-    run_dir, world, progress = session.run_dir, session.ranks.world, session.progress
+    run_dir, world, progress = session.run_dir, session.world, session.progress
     go_back = partial(restore, config, parts, sources, outputs, world)
     state = go_back()
     faults = faults_from_environment(world.rank, run_dir)
@@ -306,14 +312,14 @@ def _train_to_the_end(
         faults.weights = lambda: list(parts.model.parameters())
         progress.listeners.append(faults.strike)
     progress.follow(parts.model)
-    begin = begin_line(session.history.sessions, state.step, world.size, session.ranks.began)
+    begin = begin_line(session.history.sessions, state.step, world.size, session.began)
     outputs.events.append(begin)
     loop = TrainLoop(
         config,
         state,
         parts,
         outputs,
-        Member(run_dir, world, session.ranks.mesh, progress, session.history, go_back),
+        Member(run_dir, world, session.mesh, progress, session.history, go_back),
         _speedometer(config, parts, world),
         sources.parents,
         clock,

@@ -79,10 +79,13 @@ def read_history(events: Sequence[Mapping[str, Any]]) -> History:
     )
 
 
+def session_start(number: int, began: float) -> float:
+    """Return when a session began: the first one with the supervisor, where there is one."""
+    return min(began, float(os.environ.get(STARTED_VARIABLE, began))) if number == 0 else began
+
+
 def begin_line(number: int, step: int, ranks: int, began: float) -> dict[str, Any]:
     """Return the line of a session that begins after `step`."""
-    if number == 0:
-        began = min(began, float(os.environ.get(STARTED_VARIABLE, began)))
     return {"kind": "session", "step": step, "session": number, "ranks": ranks, "time": began}
 
 
