@@ -137,7 +137,6 @@ class TerminalDisplay:
         self._live.stop()
 
     def _panel(self, line: Line, seconds_left: float) -> RenderableType:
-        from rich.console import Group
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -156,8 +155,11 @@ class TerminalDisplay:
         table.add_row(*facts.values(), style="bold")
         table.add_row(*facts, style="dim")
         bar = ProgressBar(total=self._steps, completed=line["step"])
+        rows = Table.grid(expand=True)
+        rows.add_row(bar)
+        rows.add_row(table)
         title = f"step {line['step']:,} of {self._steps:,}"
-        return Panel(Group(bar, table), title=title, title_align="left")
+        return Panel(rows, title=title, title_align="left")
 
 
 def show_table(title: str, rows: Sequence[tuple[str, str, str]]) -> None:

@@ -83,8 +83,9 @@ class Reporter:
 
     def alarm(self, kind: str, step: int, **fields: Any) -> None:
         """Write an event of which a person should hear, to the log as well."""
-        line = self.event(kind, step, **fields)
-        self._log.warning(kind, **{key: value for key, value in line.items() if key != "kind"})
+        self.event(kind, step, **fields)
+        shown = {key: value for key, value in fields.items() if key != "phases"}
+        self._log.warning(kind, step=step, **shown)
 
     def _seconds_left(self, step: int, seconds: float) -> float:
         """Estimate from the steps so far; the first few, which compile, are forgotten."""
