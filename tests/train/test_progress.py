@@ -86,7 +86,7 @@ def test_a_model_tells_its_own_phases(small_decoder: Decoder) -> None:
     progress.enter("data")
     for _ in range(2):
         hidden = small_decoder(tokens, positions, CausalAttention(None, None))
-        small_decoder.logits(hidden).sum().backward()
+        small_decoder.logits(hidden).sum().backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():  # a validation is none of its phases
         small_decoder(tokens, positions, CausalAttention(None, None))
     step = [("forward", 0), ("backward", 0), ("reduce", 0)]

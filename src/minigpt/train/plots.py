@@ -15,8 +15,8 @@ from minigpt.core.errors import TrainingError
 from minigpt.core.storage import write_atomic
 from minigpt.train.goodput import CATEGORIES, read_goodput
 from minigpt.train.metrics import read_metrics
-from minigpt.train.run import EVENTS_FILE, METRICS_FILE
-from minigpt.train.sessions import until_now
+from minigpt.train.run import METRICS_FILE
+from minigpt.train.sessions import EVENTS_FILE, until_now
 
 _SMOOTHING = 0.95
 _DPI = 120

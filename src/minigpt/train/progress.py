@@ -132,7 +132,7 @@ class Progress:
         model.register_forward_pre_hook(forward)
         model.register_forward_hook(backward)
         learning = next(p for p in model.parameters() if p.requires_grad)
-        learning.register_post_accumulate_grad_hook(reduce)
+        learning.register_post_accumulate_grad_hook(reduce)  # type: ignore[no-untyped-call]
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds in each phase, up to now; they sum to the process's life."""

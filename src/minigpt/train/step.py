@@ -161,9 +161,8 @@ class TrainStep:
         assert self._mesh is not None
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         flat = self._mesh.sum(torch.cat([g.reshape(-1) for g in gradients]), *DATA_AXES)
-        for gradient, part in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
+        parts = torch.split(flat, [g.numel() for g in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
     def _sum(self, value: float) -> float:
