@@ -112,7 +112,7 @@ def test_kill_9_of_any_rank_anywhere_changes_no_bit(
 ) -> None:
     run = tmp_path / "run"
     kills = [(1, 5, "forward"), (0, 9, "backward"), (1, 13, "reduce")]
-    kills += [(1, 15, "validate"), (0, 15, "save"), (1, 22, "update")]
+    kills += [(1, 15, "validate"), (0, 19, "save"), (1, 22, "update")]
     faults = ";".join(f"kill:rank={r},step={s},phase={p}" for r, s, p in kills)
     began = time.time()
     errors = _finish(_start(recipe(), run, faults))
