@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import typer
 
-from minigpt.cli.main import COMMANDS, _build
+from minigpt.cli.main import COMMANDS, _build, _called
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -27,7 +27,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 def check(words: list[str]) -> None:
     name, *rest = words
     assert name in COMMANDS, words
-    group: Any = typer.main.get_command(_build(name))
+    group: Any = typer.main.get_command(_build(name, tool=_called(words)[1]))
     command = group.commands[name]
     if hasattr(command, "commands"):
         if not rest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,23 +22,44 @@ if TYPE_CHECKING:
 
 
 def train_recipe(
-    recipe: str | Path, run_dir: str | Path, overrides: Sequence[str] = ()
+    recipe: str | Path,
+    run_dir: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    began: float | None = None,
+    json_logs: bool = False,
 ) -> Artifact:
     """Start or resume the training run of a recipe; prepare its data first where needed.
+
+    A run of several processes is supervised from here, unless this is one of them.
 
     Args:
         recipe: A YAML file of `TrainConfig`.
         run_dir: The run's directory.
         overrides: Assignments such as `optimizer.lr=3e-4`.
+        began: Unix time at which this process began to work on it; None is now.
+        json_logs: Whether processes started from here log as JSON.
 
     Returns:
         The model artifact.
     """
+    from minigpt.train.launch import needs_supervisor, supervise
     from minigpt.train.run import find_finished, train
 
-    config = _with_files(load_config(TrainConfig, recipe, overrides), Path(recipe).parent)
+    config = load_recipe(recipe, overrides)
     finished = find_finished(config, Path(run_dir))
-    return finished or train(config, open_dataset(config.data), Path(run_dir))
+    if finished is not None:
+        return finished
+    began = time.time() if began is None else began
+    dataset = open_dataset(config.data)
+    if needs_supervisor(config):
+        return supervise(config, dataset, Path(run_dir), began=began, json_logs=json_logs)
+    return train(config, dataset, Path(run_dir), began=began)
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a recipe, with the content of a data config that it names."""
+    return _with_files(load_config(TrainConfig, recipe, overrides), Path(recipe).parent)
 
 
 def open_run_loader(run_dir: Path) -> tuple[TrainConfig, BatchLoader]:

@@ -9,7 +9,8 @@ from minigpt.train.display import LogDisplay, TerminalDisplay, format_seconds
 
 
 def _line(step: int) -> dict[str, Any]:
-    return {"step": step, "loss": 2.0, "tokens_per_second": 1234.0, "mfu": 0.25}
+    line = {"step": step, "loss": 2.0, "tokens_per_second": 1234.0}
+    return {**line, "mfu": 0.25, "goodput": 0.875}
 
 
 @pytest.mark.parametrize(
@@ -41,4 +42,6 @@ def test_the_terminal_shows_validations_and_samples(capfd: pytest.CaptureFixture
     display.end()
     text = capfd.readouterr().err
     assert "2.5000 bits per byte" in text
+    for shown in ("2.0000", "1,234", "25.0%", "87.5%", "1m00s", "step 1 of 2"):
+        assert shown in text, shown
     assert "[bold]not markup[/bold]" in text

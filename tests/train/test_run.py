@@ -21,6 +21,7 @@ from minigpt.core.errors import ArtifactError, ConfigError, StorageError, Traini
 from minigpt.data.shards import TokenDataset
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.model.weights import load_model, save_model
+from minigpt.train.account import account_for
 from minigpt.train.checkpoint import CheckpointStore
 from minigpt.train.config import TrainConfig
 from minigpt.train.interrupt import TrainingInterruptedError
@@ -67,6 +68,10 @@ def _result(run_dir: Path) -> dict[str, Any]:
         (line["step"], line["bits_per_byte"]) for line in events if line["kind"] == "validation"
     ]
     return exact
+
+
+def _events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(run_dir / "events.jsonl") if line["kind"] == kind]
 
 
 def _signal_when(condition: Callable[[], bool], signum: int) -> WatchingClock:
@@ -321,7 +326,7 @@ def test_two_processes_cannot_share_a_run(
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
     make_config: ConfigFactory, dataset: Artifact, tmp_path: Path
 ) -> None:
-    run, config = tmp_path / "run", make_config()
+    run, config = tmp_path / "run", make_config(recovery={"on_anomaly": "stop"})
     with pytest.raises(TrainingInterruptedError):
         clock = _signal_when(lambda: _logged_steps(run) >= 6, signal.SIGTERM)
         train(config, dataset, run, clock=clock)
@@ -335,6 +340,112 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
         train(config, dataset, run)
     assert store.steps() == [4, 6]
     assert _logged_steps(run) == 6
+
+
+def test_a_fault_in_a_gradient_that_passes_leaves_no_trace(
+    make_config: ConfigFactory,
+    dataset: Artifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train(make_config(), dataset, tmp_path / "whole")
+    monkeypatch.setenv("MINIGPT_FAULTS", "nan:step=5,phase=reduce")
+    train(make_config(), dataset, tmp_path / "run")
+    assert _result(tmp_path / "run") == _result(tmp_path / "whole")
+    assert [line["action"] for line in _events(tmp_path / "run", "anomaly")] == ["retry"]
+
+
+def test_a_fault_that_stays_is_skipped_then_its_data_is_never_used_again(
+    make_config: ConfigFactory,
+    dataset: Artifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, config = tmp_path / "run", make_config(recovery={"max_skips": 1})
+    # Steps 6 and 7: each computed twice; the last of the four is one too many to skip.
+    monkeypatch.setenv("MINIGPT_FAULTS", "nan:step=5,phase=reduce,times=4")
+    train(config, dataset, run)
+    assert [x["action"] for x in _events(run, "anomaly")] == ["retry", "skip", "retry", "roll back"]
+    rollback = _events(run, "rollback")[0]
+    assert (rollback["step"], rollback["to"]) == (7, 4)
+    skips = list(read_metrics(run / "skips.jsonl"))
+    assert [(x["first_sample"], x["samples"]) for x in skips] == [(5 * 8, 2 * 8)]
+    assert open_artifact(run / "model").manifest.metrics["skipped_samples"] == 16
+    result = _result(run)
+    assert result["steps_logged"] == list(range(1, 13)) and "nan" not in result["hex"]
+    monkeypatch.delenv("MINIGPT_FAULTS")
+    train(make_config(), dataset, tmp_path / "whole")
+    whole = _result(tmp_path / "whole")
+    assert result["hex"][:5] == whole["hex"][:5] and result["hex"][5] != whole["hex"][5]
+    # A run that had the record from the beginning is the same, through a kill as well.
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "skips.jsonl").write_bytes((run / "skips.jsonl").read_bytes())
+    with pytest.raises(TrainingInterruptedError):
+        clock = _signal_when(lambda: _logged_steps(again) >= 6, signal.SIGTERM)
+        train(config, dataset, again, clock=clock)
+    train(config, dataset, again)
+    assert _result(again)["hex"] == result["hex"]
+
+
+def test_a_skipped_step_is_skipped_again_after_a_resume_and_anomalies_have_a_limit(
+    make_config: ConfigFactory,
+    dataset: Artifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, config = tmp_path / "run", make_config(recovery={"max_skips": 2, "max_rollbacks": 1})
+    monkeypatch.setenv("MINIGPT_FAULTS", "nan:step=5,phase=reduce,times=1000")
+    with pytest.raises(TrainingError, match=r"step 8 after 1 rollbacks.*gradient's norm is nan"):
+        train(config, dataset, run)
+    lines = list(read_metrics(run / "metrics.jsonl"))
+    assert [line["step"] for line in lines if line.get("skipped")] == [6, 7]
+    assert CheckpointStore(run / "checkpoints", keep=2).steps() == [4]
+    for mark in (run / "ranks" / "struck").iterdir():  # so that it strikes once more
+        mark.unlink()
+    with pytest.raises(TrainingError, match="after 1 rollbacks"):  # the limit is the run's
+        train(config, dataset, run)
+
+
+def test_a_save_longer_than_the_grace_is_refused(
+    make_config: ConfigFactory, dataset: Artifact, tmp_path: Path
+) -> None:
+    config = make_config(recovery={"grace_seconds": 1e-4})
+    with pytest.raises(ConfigError, match=r"a save takes .* longer than recovery.grace_seconds"):
+        train(config, dataset, tmp_path / "run")
+    assert _logged_steps(tmp_path / "run") == 1
+    train(make_config(recovery={"grace_seconds": 60}), dataset, tmp_path / "run")
+    train(make_config(), dataset, tmp_path / "whole")
+    assert _result(tmp_path / "run") == _result(tmp_path / "whole")
+
+
+def test_saves_follow_the_measured_interval_and_change_nothing(
+    make_config: ConfigFactory, dataset: Artifact, tmp_path: Path
+) -> None:
+    adaptive = make_config(
+        recovery={"adapt_interval": True, "grace_seconds": 60}, checkpoint={"every": 0}
+    )
+    # After the first save its time is known, and with so little exposure the bound is low.
+    train(adaptive, dataset, tmp_path / "run")
+    train(make_config(), dataset, tmp_path / "whole")
+    assert _result(tmp_path / "run")["hex"] == _result(tmp_path / "whole")["hex"]
+    saved = [line["step"] for line in _events(tmp_path / "run", "checkpoint")]
+    assert saved[0] == 1 and saved[-1] == 12
+
+
+def test_the_time_of_a_run_adds_up_through_a_stop(
+    make_config: ConfigFactory, dataset: Artifact, tmp_path: Path
+) -> None:
+    run, config = tmp_path / "run", make_config()
+    with pytest.raises(TrainingInterruptedError):
+        clock = _signal_when(lambda: _logged_steps(run) >= 6, signal.SIGTERM)
+        train(config, dataset, run, clock=clock)
+    train(config, dataset, run)
+    account = account_for(run, price_per_device_hour=1.0)
+    assert account["sessions"] == 2 and account["failures"] == 0
+    assert abs(account["unaccounted"]) < 0.01
+    assert account["seconds"]["lost_work"] == 0 and account["seconds"]["compute"] > 0
+    assert account["cost"]["per_million_tokens"] > 0
 
 
 def test_a_run_can_start_from_given_weights(

@@ -16,6 +16,7 @@ COMMANDS = {
     "quickstart": "The whole loop on this machine: data, training, gate, serving, an answer.",
     "data": "Prepare and inspect token datasets.",
     "train": "Train a model from a recipe, or resume its run.",
+    "chaos": "Inject faults into training and certify that the result is the same.",
     "evaluate": "Measure a model and judge it by a gate.",
     "compress": "Make a model smaller and report what that cost.",
     "models": "The registry: versions, aliases, promotion, import and export.",
@@ -24,6 +25,9 @@ COMMANDS = {
     "artifact": "Verify and show artifacts and where they came from.",
     "doctor": "What this machine has and what that means.",
 }
+TOOLS = {"train": ("goodput", "plot")}
+"""Words after a command that make it a group: `train RECIPE` runs, `train goodput DIR` looks. The
+group is in `cli/<command>_tools.py`."""
 INTERRUPTED = 130
 
 
@@ -34,9 +38,9 @@ def run(arguments: Sequence[str]) -> int:
     """
     completing = "_MINIGPT_COMPLETE" in os.environ
     words = _words_to_complete() if completing else arguments
-    called = next((word for word in words if not word.startswith("-")), None)
+    called, tool = _called(words)
     try:
-        app = _build(called)
+        app = _build(called, tool=tool)
         # Without standalone mode Typer hands errors to us instead of boxing them.
         code = app(list(arguments), prog_name="minigpt", standalone_mode=completing)
     except (MinigptError, typer.TyperException) as error:
@@ -59,7 +63,15 @@ def _words_to_complete() -> list[str]:
     return line.split()[1:]
 
 
-def _build(called: str | None) -> typer.Typer:
+def _called(words: Sequence[str]) -> tuple[str | None, bool]:
+    """Return which command stands on the line, and whether one of its tools is meant."""
+    plain = [word for word in words if not word.startswith("-")]
+    if not plain:
+        return None, False
+    return plain[0], plain[1:2] != [] and plain[1] in TOOLS.get(plain[0], ())
+
+
+def _build(called: str | None, *, tool: bool = False) -> typer.Typer:
     """Make the command tree: the called command whole, the others as a line of help."""
     app = typer.Typer(
         help="From raw text to a served, watched, improving language model.",
@@ -77,7 +89,9 @@ def _build(called: str | None) -> typer.Typer:
         if name != called:
             app.command(name, help=summary)(_unreachable)
             continue
-        module: typer.Typer = importlib.import_module(f"minigpt.cli.{name}").app
+        module: typer.Typer = importlib.import_module(
+            f"minigpt.cli.{name}_tools" if tool else f"minigpt.cli.{name}"
+        ).app
         single = _single_command(module)
         if single is None:
             app.add_typer(module, name=name, help=summary, no_args_is_help=True)

@@ -37,16 +37,26 @@ def train(
     """Train a model from a recipe, or resume its run.
 
     Where DIR holds a run it is resumed, bit for bit, with the config it began with; a finished
-    run prints its result. Ctrl-C saves and stops; the same command goes on from there.
+    run prints its result. Ctrl-C saves and stops; the same command goes on from there. With a
+    mesh of several processes they are started here, watched, and restarted when one fails.
+
+    minigpt train goodput DIR says where a run's time and money went; minigpt train plot DIR draws
+    its curves.
     """
+    from minigpt.core.clock import SystemClock
     from minigpt.core.telemetry import configure_logging
     from minigpt.pipeline import train_recipe
     from minigpt.train.metrics import read_metrics
+    from minigpt.train.progress import process_start
     from minigpt.train.run import METRICS_FILE, read_final
+    from minigpt.train.world import is_first_rank
 
     configure_logging(json=json)
     dial = [] if size is None else [f"size={size}"]
-    train_recipe(recipe, run_dir, [*dial, *(overrides or [])])
+    began = process_start(SystemClock())
+    train_recipe(recipe, run_dir, [*dial, *(overrides or [])], began=began, json_logs=json)
+    if not is_first_rank():
+        return
     final = read_final(run_dir)
     losses = [line["loss"] for line in read_metrics(run_dir / METRICS_FILE)]
     emit(final, json=json, human=lambda: _print_result(final, losses))

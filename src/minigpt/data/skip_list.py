@@ -156,6 +156,11 @@ class SkipList(Config):
         ]
         return self.replace(samples=tuple(sorted([*self.samples, *added], key=lambda s: s.first)))
 
+    @property
+    def num_samples(self) -> int:
+        """How many samples are cut out of the order."""
+        return sum(skipped.count for skipped in self.samples)
+
     def with_document(self, document: SkippedDocument) -> SkipList:
         """Return a list that also skips a document."""
         return self.replace(documents=(*self.documents, document))

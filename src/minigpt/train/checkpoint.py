@@ -179,7 +179,7 @@ class CheckpointStore:
         Raises:
             StorageError: Full disk or the like; no other checkpoint has been touched.
         """
-        self._settle()
+        self.settle()
         return self._write(view(self._named(model, optimizer)), _record(state, parents))
 
     def save_async(
@@ -196,7 +196,7 @@ class CheckpointStore:
         `PendingSave` to raise. The end of the process waits for the last one.
         """
         begin = time.perf_counter()
-        self._settle()
+        self.settle()
         chunks = self._stage.copy(self._named(model, optimizer))
         self._pending = self._executor.submit(self._write, chunks, _record(state, parents))
         return PendingSave(state, time.perf_counter() - begin, self._pending)
@@ -210,9 +210,14 @@ class CheckpointStore:
         if self._pending is not None:
             self._pending.result()
 
+    def settle(self) -> None:
+        """Wait for the save under way, however it ends; `PendingSave.result` tells."""
+        if self._pending is not None:
+            wait([self._pending])
+
     def close(self) -> None:
         """Wait for the save under way, however it ends; call before the process group goes."""
-        self._settle()
+        self.settle()
         self._executor.shutdown()
 
     def load_latest(self, layout: State | None = None) -> Checkpoint | None:
@@ -234,7 +239,7 @@ class CheckpointStore:
             ArtifactError: There are checkpoints, but every one is corrupt.
             ModelError: The newest one is of another model than `layout`.
         """
-        self._settle()
+        self.settle()
         steps = self._ranks.on_first(self._location.steps)
         for step in reversed(steps):
             try:
@@ -254,7 +259,7 @@ class CheckpointStore:
 
     def discard_after(self, step: int) -> None:
         """Remove the checkpoints of later steps, which a run that went back will save anew."""
-        self._settle()
+        self.settle()
 
         def remove() -> None:
             for later in self.steps():
@@ -262,10 +267,6 @@ class CheckpointStore:
                     self._location.remove(later)
 
         self._ranks.on_first(remove)
-
-    def _settle(self) -> None:
-        if self._pending is not None:
-            wait([self._pending])
 
     def _named(self, model: State, optimizer: State) -> dict[str, Tensor]:
         rng = {f"{self._ranks.rank:05d}/{k}": v for k, v in capture_generators().items()}

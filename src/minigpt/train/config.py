@@ -177,6 +177,46 @@ class TrackersConfig(Config):
     """offline writes below `<run-dir>/wandb`, for `wandb sync`."""
 
 
+class RecoveryConfig(Config):
+    """What is noticed by itself, what is done about it, and when a person is called."""
+
+    supervise: bool | Auto = "auto"
+    """Restart failed processes from the last good checkpoint; auto is where there are several."""
+    restarts_per_hour: CountOrZero = 6
+    """Automatic restarts within an hour; one more failure ends the run."""
+    backoff_seconds: float = Field(default=1.0, ge=0)
+    """Pause before a restart; doubles, up to 60 s, while no checkpoint is made in between."""
+    grace_seconds: float | None = Field(default=None, gt=0)
+    """Time from SIGTERM to the kill. Given, a save is timed after the first step, and a run whose
+    save takes longer is refused; null counts on 30 s."""
+    on_anomaly: Literal["recover", "stop"] = "recover"
+    """A loss or gradient that is not finite, or a spike. recover: compute the step again, then
+    skip it, then roll back and skip its data; stop: end the run at the first not finite."""
+    spike_sigmas: float | None = Field(default=12.0, gt=0)
+    """A spike lies this many robust standard deviations above the median; null looks for none."""
+    spike_window: int = Field(default=64, ge=8)
+    """Steps over which median and deviation are taken; the first so many are never spikes."""
+    max_skips: CountOrZero = 3
+    """Steps in a row that may be skipped before the run is rolled back."""
+    max_rollbacks: CountOrZero = 2
+    """Rollbacks in a run; one more ends it."""
+    check_every: CountOrZero = 100
+    """Steps between comparisons of the replicas' weights and of the ranks' speeds; 0 never."""
+    straggler_ratio: float = Field(default=1.5, gt=1)
+    """A rank is slow when it computes this many times longer than the median of the others."""
+    hang_seconds: float = Field(default=300.0, gt=0)
+    """Least time without progress of any rank that counts as a hang."""
+    hang_factor: float = Field(default=10.0, ge=1)
+    """A hang also takes this many times the longest that the same phase has taken before."""
+    start_seconds: float = Field(default=1800.0, gt=0)
+    """Most time from a process's start, or from its restore, to its first step."""
+    adapt_interval: bool = False
+    """Save by Young's and Daly's interval, from the measured save time and failure rate, besides
+    `checkpoint.every`."""
+    price_per_device_hour: float | None = Field(default=None, ge=0)
+    """Price of one device for an hour, for the cost lines of `minigpt train goodput`."""
+
+
 class MeshConfig(Config):
     """How many processes a run spreads over, along which axes; the product is the world size."""
 
@@ -333,6 +373,8 @@ class TrainConfig(Config):
     """Checkpoints."""
     trackers: TrackersConfig = TrackersConfig()
     """MLflow, TensorBoard, W&B."""
+    recovery: RecoveryConfig = RecoveryConfig()
+    """Detection of failures and recovery from them."""
 
     @field_validator("data", mode="before")
     @classmethod

@@ -1,13 +1,17 @@
-"""What a person sees of a run: a live line on a terminal, plain log lines elsewhere."""
+"""What a person sees of a run: a live panel on a terminal, plain log lines elsewhere."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from minigpt.core.clock import Clock, SystemClock
 from minigpt.core.telemetry import get_logger
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _LOG_SECONDS = 5.0
 _SMOOTHING = 0.9
@@ -40,6 +44,22 @@ def make_display() -> Display:
     return TerminalDisplay() if sys.stderr.isatty() else LogDisplay(SystemClock())
 
 
+class SilentDisplay:
+    """Shows nothing: for every rank but the first."""
+
+    def begin(self, step: int, steps: int) -> None:
+        pass
+
+    def step(self, line: Line, seconds_left: float) -> None:
+        pass
+
+    def validation(self, line: Line, sample: str) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
 class LogDisplay:
     """A log line for the first and last step and every few seconds in between."""
 
@@ -64,6 +84,7 @@ class LogDisplay:
             loss=round(line["loss"], 4),
             tokens_per_second=round(line["tokens_per_second"]),
             mfu=f"{line['mfu']:.1%}",
+            goodput=f"{line['goodput']:.1%}",
             left=format_seconds(seconds_left),
         )
 
@@ -81,47 +102,64 @@ class LogDisplay:
 
 
 class TerminalDisplay:
-    """A progress bar with loss, speed and time left; validations and samples scroll above."""
+    """A live panel with the run's numbers; validations and samples scroll above it."""
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.live import Live
 
         self._console = Console(stderr=True, highlight=False)
-        self._progress = Progress(
-            TextColumn("train"),
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            console=self._console,
-        )
-        self._task = self._progress.add_task("train", total=None, text="")
+        self._live = Live(console=self._console, refresh_per_second=4)
+        self._steps = 1
         self._loss: float | None = None
+        self._bits: float | None = None
 
     def begin(self, step: int, steps: int) -> None:
-        self._progress.update(self._task, total=steps, completed=step)
-        self._progress.start()
+        self._steps = steps
+        self._live.start()
 
     def step(self, line: Line, seconds_left: float) -> None:
-        loss = line["loss"]
-        smooth = loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
-        self._loss = smooth
-        text = (
-            f"loss {smooth:.3f}  {line['tokens_per_second']:,.0f} tok/s  "
-            f"MFU {line['mfu']:.1%}  {format_seconds(seconds_left)} left"
-        )
-        self._progress.update(self._task, completed=line["step"], text=text)
+        loss, before = line["loss"], self._loss
+        if math.isfinite(loss):
+            self._loss = loss if before is None else _SMOOTHING * before + (1 - _SMOOTHING) * loss
+        self._live.update(self._panel(line, seconds_left))
 
     def validation(self, line: Line, sample: str) -> None:
         from rich.text import Text
 
+        self._bits = line["bits_per_byte"]
         text = f"step {line['step']:>6}  {line['bits_per_byte']:.4f} bits per byte (held out)"
         self._console.print(Text(text, style="bold"))
         if sample:
             self._console.print(Text(sample.strip("\n"), style="dim"))
 
     def end(self) -> None:
-        self._progress.stop()
+        self._live.stop()
+
+    def _panel(self, line: Line, seconds_left: float) -> RenderableType:
+        from rich.panel import Panel
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        facts = {
+            "loss": "-" if self._loss is None else f"{self._loss:.4f}",
+            "bits per byte": "-" if self._bits is None else f"{self._bits:.4f}",
+            "tok/s": f"{line['tokens_per_second']:,.0f}",
+            "MFU": f"{line['mfu']:.1%}",
+            "goodput": f"{line['goodput']:.1%}",
+            "left": format_seconds(seconds_left),
+        }
+        table = Table.grid(padding=(0, 3))
+        for _ in facts:
+            table.add_column(justify="right")
+        table.add_row(*facts.values(), style="bold")
+        table.add_row(*facts, style="dim")
+        bar = ProgressBar(total=self._steps, completed=line["step"])
+        rows = Table.grid(expand=True)
+        rows.add_row(bar)
+        rows.add_row(table)
+        title = f"step {line['step']:,} of {self._steps:,}"
+        return Panel(rows, title=title, title_align="left")
 
 
 def show_table(title: str, rows: Sequence[tuple[str, str, str]]) -> None:

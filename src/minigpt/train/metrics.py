@@ -18,9 +18,7 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         """Open `path` for appending; call `truncate` first when resuming."""
         self.path = path
-        with storage_errors(f"write {path}"):
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            self._size = os.fstat(self._descriptor).st_size
+        self._open()
         self._pending = b""
 
     def append(self, line: Mapping[str, Any]) -> bool:
@@ -42,9 +40,25 @@ class MetricsLog:
             self._write_pending()
             os.fsync(self._descriptor)
 
+    def rewind(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Drop the lines that `keep` says no to, those that wait for room included.
+
+        Raises:
+            StorageError: The file could not be rewritten; it is as it was.
+        """
+        self._pending = b""
+        truncate(self.path, keep)
+        os.close(self._descriptor)
+        self._open()
+
     def close(self) -> None:
         """Close the file; lines that never found room are lost."""
         os.close(self._descriptor)
+
+    def _open(self) -> None:
+        with storage_errors(f"write {self.path}"):
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._size = os.fstat(self._descriptor).st_size
 
     def _write_pending(self) -> None:
         if not self._pending:
@@ -58,6 +72,40 @@ class MetricsLog:
         self._pending = self._pending[written:]
         if self._pending:  # a short write: the next attempt names the reason
             self._write_pending()
+
+
+class SilentLog(MetricsLog):
+    """The log of a rank that writes none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, line: Mapping[str, Any]) -> bool:
+        return True
+
+    def flush(self) -> None:
+        pass
+
+    def rewind(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Write one line to a file that no `MetricsLog` of this process holds, and sync it.
+
+    Raises:
+        StorageError: It could not be written.
+    """
+    truncate(path, lambda line: True)  # a torn last line would swallow this one
+    log = MetricsLog(path)
+    try:
+        log.append(line)
+        log.flush()
+    finally:
+        log.close()
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

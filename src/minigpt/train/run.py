@@ -11,23 +11,24 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from minigpt.core.artifact import Artifact, open_artifact
 from minigpt.core.clock import Clock, SystemClock
 from minigpt.core.config import load_config, resolved_values, to_yaml
-from minigpt.core.errors import ArtifactError, ConfigError, TrainingError
+from minigpt.core.errors import ConfigError, TrainingError
+from minigpt.core.machine import usable_cores
 from minigpt.core.storage import storage_errors, write_atomic
 from minigpt.core.telemetry import get_logger
-from minigpt.data.skip_list import SKIP_FILE, SkipList
+from minigpt.data.loader import BatchLoader
+from minigpt.data.skip_list import SKIP_FILE
 from minigpt.model.config import ModelConfig
+from minigpt.model.decoder import Decoder
 from minigpt.train.build import (
     Build,
     Sources,
@@ -37,36 +38,69 @@ from minigpt.train.build import (
     resolve_for,
     use_machine,
 )
-from minigpt.train.checkpoint import CheckpointStore, TrainState, restore_rng
+from minigpt.train.checkpoint import CheckpointStore, TrainState
 from minigpt.train.config import TrainConfig
-from minigpt.train.display import make_display, show_table
+from minigpt.train.context import Member, Outputs, Speedometer
+from minigpt.train.display import SilentDisplay, make_display, show_table
 from minigpt.train.export_weights import model_files
+from minigpt.train.faults import faults_from_environment
 from minigpt.train.finish import save_final_model, write_final
 from minigpt.train.interrupt import TrainingInterruptedError
-from minigpt.train.loop import Outputs, Speedometer, TrainLoop
-from minigpt.train.machine import measured_peak, numeric_environment
-from minigpt.train.metrics import MetricsLog, check_steps, truncate
+from minigpt.train.loop import TrainLoop
+from minigpt.train.machine import choose_device, measured_peak
+from minigpt.train.mesh import Mesh, open_mesh
+from minigpt.train.metrics import MetricsLog, SilentLog, read_metrics
 from minigpt.train.precision import product_dtype
-from minigpt.train.trackers import make_tracker
+from minigpt.train.progress import Progress, beacon_path
+from minigpt.train.restore import restore
+from minigpt.train.sessions import (
+    EVENTS_FILE,
+    History,
+    begin_line,
+    close_session,
+    end_line,
+    read_history,
+    session_start,
+)
+from minigpt.train.trackers import BackgroundTracker, make_tracker
+from minigpt.train.world import World, collective_timeout, is_supervised, local_world_size
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
-EVENTS_FILE = "events.jsonl"
 FINAL_FILE = "final.json"
 MODEL_DIRECTORY = "model"
 CHECKPOINT_DIRECTORY = "checkpoints"
+CHANGEABLE = ("mesh", "recovery")
+"""Sections that a resumed run may have otherwise than it began."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of the run, and since when this one has worked on it."""
+
+    world: World
+    mesh: Mesh
+    began: float
 
 
 def train(
-    config: TrainConfig, dataset: Artifact, run_dir: Path, *, clock: Clock | None = None
+    config: TrainConfig,
+    dataset: Artifact,
+    run_dir: Path,
+    *,
+    clock: Clock | None = None,
+    began: float | None = None,
 ) -> Artifact:
     """Start the run in `run_dir`, resume the one there, or return the finished one's model.
+
+    Runs in this process, which may be one of several ranks (torchrun's variables say so).
 
     Args:
         config: The recipe, "auto" values and all.
         dataset: What `config.data` names, opened.
-        run_dir: The run's directory; made if it is not there.
+        run_dir: The run's directory; made if it is not there. All ranks see the same.
         clock: For durations.
+        began: Unix time at which work on the run began; None is now.
 
     Returns:
         The model artifact at `run_dir/model`.
@@ -77,12 +111,15 @@ def train(
         TrainingError: Loss or gradient is not finite, or another process holds the run.
         StorageError: A full disk or the like at the start or at the end.
     """
-    run_dir = run_dir.absolute()
-    with _lock(run_dir):
-        finished = find_finished(config, run_dir)
-        if finished is not None:
-            return finished
-        return _train(config, dataset, run_dir, clock or SystemClock())
+    run_dir, clock = run_dir.absolute(), clock or SystemClock()
+    began = clock.now().timestamp() if began is None else began
+    with open_mesh(config.mesh, choose_device(config.device), timeout=collective_timeout()) as mesh:
+        world = World()
+        with hold_run(run_dir) if world.is_first and not is_supervised() else nullcontext():
+            finished = world.from_first(lambda: find_finished(config, run_dir))
+            if finished is not None:
+                return finished  # type: ignore[no-any-return]
+            return _train(config, dataset, run_dir, Ranks(world, mesh, began), clock)
 
 
 def find_finished(config: TrainConfig, run_dir: Path) -> Artifact | None:
@@ -117,13 +154,17 @@ def stored_config(run_dir: Path) -> TrainConfig | None:
 def check_same(requested: TrainConfig, stored: TrainConfig, run_dir: Path) -> None:
     """Refuse to resume under another config; "auto" stands for whatever the run has.
 
+    How many processes run it and how it recovers may change.
+
     Raises:
         ConfigError: Naming each key that differs.
     """
     differing = [
         f"{key} ({there!r} in the run, {wanted!r} asked for)"
         for key, wanted, there in resolved_values(requested, stored)
-        if wanted != "auto" and not _is_open(requested, key)
+        if wanted != "auto"
+        and not _is_open(requested, key)
+        and key.partition(".")[0] not in CHANGEABLE
     ]
     if differing:
         raise ConfigError(
@@ -144,8 +185,10 @@ def _is_open(requested: TrainConfig, key: str) -> bool:
 
 
 @contextmanager
-def _lock(run_dir: Path) -> Iterator[None]:
+def hold_run(run_dir: Path) -> Iterator[int]:
     """Hold the run directory; the system lets go of it when the process dies, however.
+
+    Yields the descriptor: processes that inherit it hold the run as well.
 
     A start that was refused leaves no empty directory behind.
     """
@@ -160,133 +203,182 @@ def _lock(run_dir: Path) -> Iterator[None]:
                 f"another process is training in {run_dir}",
                 remedy="wait for it, stop it, or use another --run-dir",
             ) from None
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
         with suppress(OSError):  # there is something in it
             run_dir.rmdir()
 
 
-def _train(config: TrainConfig, dataset: Artifact, run_dir: Path, clock: Clock) -> Artifact:
-    started = clock.monotonic()
+def _train(
+    config: TrainConfig, dataset: Artifact, run_dir: Path, ranks: Ranks, clock: Clock
+) -> Artifact:
+    started, world = clock.monotonic(), ranks.world
+    history = world.from_first(partial(_open_run, run_dir))
     sources = open_sources(config, dataset)
-    stored = stored_config(run_dir)
+    stored = world.from_first(lambda: stored_config(run_dir))
+    if stored is None and config.threads == "auto" and world.size > 1:
+        config = config.replace(threads=max(1, usable_cores() // local_world_size()))
     use_machine(stored or config)
+    resolved = world.from_first(lambda: resolve_for(stored or config, sources))
+    fixed, model_config = resolved.config, resolved.model
     if stored is None:
-        resolved = resolve_for(config, sources)
-        for warning in resolved.warnings:
+        for warning in resolved.warnings if world.is_first else ():
             get_logger("train").warning(warning)
-        fixed, model_config = resolved.config, resolved.model
     else:
-        fixed, model_config = stored, resolve_for(stored, sources).model
-    parts = build(fixed, model_config, sources)
-    parts.loader.use_skip_list(SkipList.of_run(run_dir, parts.loader.skip_list))
+        fixed = stored.replace(mesh=config.mesh, recovery=config.recovery)
+    parts = build(fixed, model_config, sources, ranks.mesh)
     if fixed.steps == "auto":
         fixed = fit_minutes(fixed, parts, clock, started)
-    if stored is None:
+    if stored is None and world.is_first:
         show_resolved(config, fixed, model_config)
         if fixed.skip_list is not None:
             parts.loader.skip_list.write(run_dir / SKIP_FILE)
         write_atomic(run_dir / CONFIG_FILE, to_yaml(fixed).encode())
-    return _run(fixed, parts, sources, run_dir, clock)
+    began = session_start(history.sessions, ranks.began)
+    progress = Progress(beacon_path(run_dir, world.rank), began=began)
+    session = Session(run_dir, world, ranks.mesh, progress, history, began)
+    return _run(fixed, parts, sources, session, clock)
+
+
+@dataclass(frozen=True)
+class Session:
+    """One process's part in a run."""
+
+    run_dir: Path
+    world: World
+    mesh: Mesh
+    progress: Progress
+    history: History
+    began: float
+    """Unix time."""
+
+
+def _open_run(run_dir: Path) -> History:
+    """Close the record of a session that was killed, and sum up what came before."""
+    close_session(run_dir)
+    return read_history(list(read_metrics(run_dir / EVENTS_FILE)))
 
 
 def _run(
-    config: TrainConfig, parts: Build, sources: Sources, run_dir: Path, clock: Clock
+    config: TrainConfig, parts: Build, sources: Sources, session: Session, clock: Clock
 ) -> Artifact:
-    assert isinstance(config.batch.sequence_length, int)
+    outputs = _open_outputs(config, parts, sources, session.run_dir, session.world)
+    status = "failed"
+    try:
+        artifact = _train_to_the_end(config, parts, sources, session, outputs, clock)
+        status = "finished"
+    except (TrainingInterruptedError, KeyboardInterrupt):
+        status = "interrupted"
+        raise
+    finally:
+        now, phases = clock.now().timestamp(), session.progress.seconds()
+        outputs.events.append(end_line(session.progress.step, status, now, phases))
+        outputs.metrics.close()
+        outputs.events.close()
+        outputs.tracker.close(status)
+        outputs.store.close()
+    return artifact
+
+
+def _train_to_the_end(
+    config: TrainConfig,
+    parts: Build,
+    sources: Sources,
+    session: Session,
+    outputs: Outputs,
+    clock: Clock,
+) -> Artifact:
+    run_dir, world, progress = session.run_dir, session.world, session.progress
+    go_back = partial(restore, config, parts, sources, outputs, world)
+    state = go_back()
+    faults = faults_from_environment(world.rank, run_dir)
+    if faults is not None:
+        faults.weights = lambda: list(parts.model.parameters())
+        progress.listeners.append(faults.strike)
+    progress.follow(parts.model)
+    begin = begin_line(session.history.sessions, state.step, world.size, session.began)
+    outputs.events.append(begin)
+    loop = TrainLoop(
+        config,
+        state,
+        parts,
+        outputs,
+        Member(run_dir, world, session.mesh, progress, session.history, go_back),
+        _speedometer(config, parts, world),
+        sources.parents,
+        clock,
+    )
+    checkpoint = loop.run()
+    progress.enter("finish")
+    model = parts.whole_model()
+    finish = partial(
+        _finish, config, model, sources, outputs, run_dir, parts.loader, loop.state, checkpoint
+    )
+    artifact: Artifact = world.from_first(finish)
+    return artifact
+
+
+def _open_outputs(
+    config: TrainConfig, parts: Build, sources: Sources, run_dir: Path, world: World
+) -> Outputs:
     store = CheckpointStore(
         config.checkpoint.url or run_dir / CHECKPOINT_DIRECTORY,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
         model_files=model_files(parts.model.config, sources.train.tokenizer_dir),
     )
-    state = _restore(config, parts, sources, store)
-    done = {"train": state.step, "validation": state.validated_step, "checkpoint": state.step}
-    for name in (METRICS_FILE, EVENTS_FILE):
-        truncate(run_dir / name, lambda line: line["step"] <= done[line["kind"]])
-    check_steps(run_dir / METRICS_FILE, state.step)
-    speedometer = Speedometer(
-        parts.model.config.flops_per_token(config.batch.sequence_length),
-        measured_peak(config.device, product_dtype(config.precision)),
-    )
-    outputs = Outputs(
+    metrics, events = run_dir / METRICS_FILE, run_dir / EVENTS_FILE
+    if not world.is_first:
+        silent = (SilentLog(metrics), SilentLog(events), BackgroundTracker({}), SilentDisplay())
+        return Outputs(store, *silent)
+    return Outputs(
         store,
-        MetricsLog(run_dir / METRICS_FILE),
-        MetricsLog(run_dir / EVENTS_FILE),
+        MetricsLog(metrics),
+        MetricsLog(events),
         make_tracker(config, run_dir),
         make_display(),
     )
-    loop = TrainLoop(config, state, parts, outputs, speedometer, sources.parents, clock)
-    status = "failed"
-    try:
-        checkpoint = loop.run()
-        outputs.metrics.flush()
-        outputs.events.flush()
-        state = loop.state
-        artifact = save_final_model(
-            run_dir / MODEL_DIRECTORY,
-            parts.model,
-            config,
-            tokenizer_dir=sources.train.tokenizer_dir,
-            metrics={"loss": state.loss, **state.validation},
-            parents=[*sources.parents, checkpoint],
-        )
-        write_final(
-            run_dir / FINAL_FILE,
-            run_dir / METRICS_FILE,
-            state,
-            parts.model,
-            artifact,
-            dataset_sha256=sources.fingerprint,
-        )
-        status = "finished"
-    except (TrainingInterruptedError, KeyboardInterrupt):
-        status = "interrupted"
-        raise
-    finally:
-        outputs.metrics.close()
-        outputs.events.close()
-        outputs.tracker.close(status)
-        store.close()
+
+
+def _speedometer(config: TrainConfig, parts: Build, world: World) -> Speedometer:
+    assert isinstance(config.batch.sequence_length, int)
+    peak = world.from_first(lambda: measured_peak(config.device, product_dtype(config.precision)))
+    flops = parts.model.config.flops_per_token(config.batch.sequence_length)
+    return Speedometer(flops, world.size * peak)
+
+
+def _finish(
+    config: TrainConfig,
+    model: Decoder,
+    sources: Sources,
+    outputs: Outputs,
+    run_dir: Path,
+    loader: BatchLoader,
+    state: TrainState,
+    checkpoint: Artifact,
+) -> Artifact:
+    """Write the model and `final.json`, on rank 0."""
+    outputs.metrics.flush()
+    outputs.events.flush()
+    skipped = loader.skip_list.num_samples
+    artifact = save_final_model(
+        run_dir / MODEL_DIRECTORY,
+        model,
+        config,
+        tokenizer_dir=sources.train.tokenizer_dir,
+        metrics={"loss": state.loss, "skipped_samples": skipped, **state.validation},
+        parents=[*sources.parents, checkpoint],
+    )
+    write_final(
+        run_dir / FINAL_FILE,
+        run_dir / METRICS_FILE,
+        state,
+        model,
+        artifact,
+        dataset_sha256=sources.fingerprint,
+    )
     return artifact
-
-
-def _restore(
-    config: TrainConfig, parts: Build, sources: Sources, store: CheckpointStore
-) -> TrainState:
-    """Put the newest good checkpoint into `parts`; without one, begin at step 0."""
-    log = get_logger("train")
-    checkpoint = store.load_latest(parts.model.state_dict())
-    environment = numeric_environment(config.device)
-    if checkpoint is None:
-        random.seed(config.seed)
-        np.random.seed(config.seed % 2**32)
-        torch.manual_seed(config.seed)
-        return TrainState(
-            cursor=parts.loader.state(),
-            environment=environment,
-            dataset_sha256=sources.fingerprint,
-        )
-    state = checkpoint.state
-    if state.dataset_sha256 != sources.fingerprint:
-        raise ArtifactError(
-            f"{sources.train.uri} is not the dataset that this run began with",
-            remedy="restore that dataset, or start a new run in another --run-dir",
-        )
-    if state.environment != environment:
-        log.warning(
-            "this machine or torch is not the one the run began on: "
-            "it goes on, but not bit for bit",
-            before=state.environment,
-            now=environment,
-        )
-    parts.model.load_state_dict(checkpoint.model)
-    parts.optimizer.load_state_dict(checkpoint.optimizer)
-    parts.loader.load_state(state.cursor)
-    restore_rng(checkpoint)
-    log.info("resuming", step=state.step, steps=config.steps, checkpoint=checkpoint.artifact.uri)
-    return state
 
 
 def show_resolved(recipe: TrainConfig, resolved: TrainConfig, model: ModelConfig) -> None:

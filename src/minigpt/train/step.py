@@ -129,25 +129,50 @@ class TrainStep:
         Raises:
             NonFiniteError: Loss or gradient is not finite; nothing has changed.
         """
+        result = self.compute(batches, should_stop)
+        if result is None:
+            return None
+        if not self._all_finite(result.loss, result.grad_norm):
+            self.discard()
+            raise NonFiniteError(f"loss is {result.loss}, the gradient's norm {result.grad_norm}")
+        self.update(learning_rate_factor)
+        return result
+
+    def compute(
+        self, batches: Sequence[Batch], should_stop: Callable[[], bool] = lambda: False
+    ) -> StepResult | None:
+        """Compute loss and clipped gradient of a global batch; `update` or `discard` comes next.
+
+        The parameters are untouched. All ranks get the same numbers.
+
+        Args:
+            batches: As in `run`.
+            should_stop: As in `run`.
+        """
         loss = self.accumulate(batches, should_stop)
         if loss is None:
-            self._optimizer.zero_grad()
+            self.discard()
             return None
         grad_norm = self.clip_gradients()
-        while not self._all_finite(loss, grad_norm):
-            self._optimizer.zero_grad()
-            if self.loss_scale is None or not self.loss_scale.lower():
-                raise NonFiniteError(f"loss is {loss}, the gradient's norm is {grad_norm}")
+        while self._overflowed(loss, grad_norm):
+            self.discard()
             # float16 overflowed: the same batches again, none is skipped.
             loss = self.accumulate(batches)
             assert loss is not None
             grad_norm = self.clip_gradients()
+        return StepResult(loss, grad_norm)
+
+    def update(self, learning_rate_factor: float) -> None:
+        """Update the parameters from the gradient; the only place where they change."""
         self._optimizer.step(learning_rate_factor)
         self._optimizer.zero_grad()
         balance_experts(self._model, self._options.router_bias_rate, self._mesh)
         if self.loss_scale is not None:
             self.loss_scale.succeeded()
-        return StepResult(loss, grad_norm)
+
+    def discard(self) -> None:
+        """Drop the gradient."""
+        self._optimizer.zero_grad()
 
     def accumulate(
         self, batches: Sequence[Batch], should_stop: Callable[[], bool] = lambda: False
@@ -177,6 +202,12 @@ class TrainStep:
         if self._options.clip_norm is not None:
             clip_gradients(self._parameters, norm, self._options.clip_norm)
         return float(norm)
+
+    def _overflowed(self, loss: float, grad_norm: float) -> bool:
+        """Tell whether the loss scale was too large, and is lower now."""
+        if self.loss_scale is None or self._all_finite(loss, grad_norm):
+            return False
+        return self.loss_scale.lower()
 
     def _all_finite(self, loss: float, grad_norm: float) -> bool:
         """Vote: a rank that alone went on, or alone stopped, would leave the others hanging."""
