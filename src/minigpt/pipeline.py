@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from minigpt.cluster.ray_train import RayTrainConfig, train_on_ray
 from minigpt.core.artifact import Artifact, is_artifact, open_artifact
 from minigpt.core.config import load_config
 from minigpt.core.storage import home
@@ -32,6 +34,31 @@ def train_recipe(
     config = _with_data_config(load_config(TrainConfig, recipe, overrides), Path(recipe).parent)
     finished = find_finished(config, Path(run_dir))
     return finished or train(config, open_dataset(config.data), Path(run_dir))
+
+
+def train_recipe_on_ray(
+    recipe: str | Path, run_dir: str | Path, overrides: Sequence[str], ray: RayTrainConfig
+) -> None:
+    """Do as `train_recipe` on the workers of a Ray cluster.
+
+    Args:
+        recipe: As `train_recipe`.
+        run_dir: As `train_recipe`; the same place on every node.
+        overrides: As `train_recipe`.
+        ray: Workers and failures.
+
+    Raises:
+        JobError: The workers failed more often than allowed.
+    """
+    recipe, run_dir = Path(recipe).absolute(), Path(run_dir).absolute()
+    config = _with_data_config(load_config(TrainConfig, recipe, overrides), recipe.parent)
+    open_dataset(config.data)  # once, rather than by every worker
+    work = functools.partial(_train_worker, recipe, run_dir, list(overrides))
+    train_on_ray(work, run_dir, ray)
+
+
+def _train_worker(recipe: Path, run_dir: Path, overrides: list[str]) -> None:
+    train_recipe(recipe, run_dir, overrides)
 
 
 def _with_data_config(config: TrainConfig, directory: Path) -> TrainConfig:

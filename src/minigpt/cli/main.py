@@ -16,6 +16,7 @@ COMMANDS = {
     "quickstart": "The whole loop on this machine: data, training, gate, serving, an answer.",
     "data": "Prepare and inspect token datasets.",
     "train": "Train a model from a recipe, or resume its run.",
+    "jobs": "A queue of jobs on this machine or a Ray cluster; job specs; cluster simulation.",
     "evaluate": "Measure a model and judge it by a gate.",
     "compress": "Make a model smaller and report what that cost.",
     "models": "The registry: versions, aliases, promotion, import and export.",

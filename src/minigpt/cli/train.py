@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -31,6 +31,15 @@ def train(
         int | None,
         typer.Option(metavar="N", help="The one dial, same as --set size=N; all else follows."),
     ] = None,
+    on: Annotated[
+        Literal["here", "ray"], typer.Option(help="ray: on the workers of a Ray cluster.")
+    ] = "here",
+    workers: Annotated[
+        int, typer.Option(min=1, help="With --on ray: processes, the size of the mesh.")
+    ] = 1,
+    max_failures: Annotated[
+        int, typer.Option(min=0, help="With --on ray: how often lost workers are replaced.")
+    ] = 3,
     overrides: SetOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -39,14 +48,20 @@ def train(
     Where DIR holds a run it is resumed, bit for bit, with the config it began with; a finished
     run prints its result. Ctrl-C saves and stops; the same command goes on from there.
     """
+    from minigpt.cluster.ray_train import RayTrainConfig
     from minigpt.core.telemetry import configure_logging
-    from minigpt.pipeline import train_recipe
+    from minigpt.pipeline import train_recipe, train_recipe_on_ray
     from minigpt.train.metrics import read_metrics
     from minigpt.train.run import METRICS_FILE, read_final
 
     configure_logging(json=json)
     dial = [] if size is None else [f"size={size}"]
-    train_recipe(recipe, run_dir, [*dial, *(overrides or [])])
+    assignments = [*dial, *(overrides or [])]
+    if on == "ray":
+        ray = RayTrainConfig(workers=workers, max_failures=max_failures)
+        train_recipe_on_ray(recipe, run_dir, assignments, ray)
+    else:
+        train_recipe(recipe, run_dir, assignments)
     final = read_final(run_dir)
     losses = [line["loss"] for line in read_metrics(run_dir / METRICS_FILE)]
     emit(final, json=json, human=lambda: _print_result(final, losses))
