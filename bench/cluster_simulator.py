@@ -159,7 +159,7 @@ def spawn(ranks: int, work: Work, directory: Path) -> list[subprocess.Popen[byte
             [
                 sys.executable,
                 "-c",
-                "import sys; from bench.cluster_simulator import rank_main; rank_main(sys.argv[1:])",
+                "import sys; from bench import cluster_simulator as c; c.rank_main(sys.argv[1:])",
                 *(str(rank), str(ranks), f"{rendezvous}-store", str(directory)),
                 json.dumps(asdict(work)),
             ],

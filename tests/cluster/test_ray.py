@@ -220,13 +220,10 @@ def test_a_killed_ray_worker_goes_on_from_its_checkpoint(
             if any((tmp_path / "ray" / "checkpoints").glob("step-*")):
                 for entry in Path("/proc").glob("[0-9]*"):
                     try:
-                        holds = any(
-                            os.readlink(f) == str(tmp_path / "ray")
-                            for f in (entry / "fd").iterdir()
-                        )
+                        files = [link.readlink() for link in (entry / "fd").iterdir()]
                     except OSError:
                         continue
-                    if holds and int(entry.name) != os.getpid():
+                    if tmp_path / "ray" in files and int(entry.name) != os.getpid():
                         os.kill(int(entry.name), signal.SIGKILL)
                         killed.append(int(entry.name))
             time.sleep(0.01)
