@@ -172,6 +172,14 @@ def test_kueue_manifests_are_valid_and_locked_down(job: JobConfig) -> None:
         assert re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", value)
 
 
+def test_kubernetes_expands_nothing_of_ours() -> None:
+    job = make(command=["echo", "$(HOSTNAME)"], env={"A": "$(PATH)"}, workers=1)
+    _, manifest = yaml.safe_load_all(emit_job(job, "kueue", SITE["kueue"]))
+    container = manifest["spec"]["template"]["spec"]["containers"][0]
+    assert container["command"][-1] == "exec echo '$$(HOSTNAME)'"
+    assert {"name": "A", "value": "$$(PATH)"} in container["env"]
+
+
 def test_kubernetes_validation_would_notice() -> None:
     _, manifest = yaml.safe_load_all(emit_job(make(), "kueue", SITE["kueue"]))
     manifest["spec"]["parallelsim"] = 2
@@ -179,8 +187,9 @@ def test_kubernetes_validation_would_notice() -> None:
         kubernetes_validate.validate(manifest, "1.33", strict=True)
 
 
-# The part of SkyPilot's task schema that is used here, written from its documentation
-# (docs.skypilot.co/en/latest/reference/yaml-spec.html); SkyPilot itself is not installed.
+# The part of SkyPilot's task schema that is used here, stricter where a task of ours is; written
+# from its documentation (docs.skypilot.co/en/latest/reference/yaml-spec.html) and compared by eye
+# with get_task_schema and get_resources_schema in its sky/utils/schemas.py. It is not installed.
 SKY_SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
@@ -205,7 +214,11 @@ SKY_SCHEMA: dict[str, Any] = {
                 },
             },
         },
-        "envs": {"type": "object", "additionalProperties": {"type": "string"}},
+        "envs": {
+            "type": "object",
+            "additionalProperties": False,
+            "patternProperties": {"^[a-zA-Z_][a-zA-Z0-9_]*$": {"type": "string"}},
+        },
         "run": {"type": "string"},
     },
 }
@@ -230,6 +243,7 @@ def test_sky_tasks_follow_the_schema(job: JobConfig, tmp_path: Path) -> None:
         ({}, "kueue", [], "kueue needs a container image"),
         ({}, "sky", ["gpu=H100"], "unknown key 'gpu'"),
         ({"resources": {"cpus": 65}}, "slurm", [], "does not fit a node"),
+        ({"workdir": "/my home"}, "slurm", [], "a directive can't hold spaces"),
     ],
 )
 def test_what_cannot_be_said_is_refused(

@@ -52,7 +52,7 @@ class RayQueue:
     def until(self, done: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
         while not done():
-            assert time.monotonic() < deadline, self.store.list()
+            assert time.monotonic() < deadline, self.store.jobs()
             self.scheduler.tick(self.lease)
             time.sleep(0.1)
 

@@ -49,7 +49,7 @@ class Queue:
     def until(self, done: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 90
         while not done():
-            assert time.monotonic() < deadline, self.store.list()
+            assert time.monotonic() < deadline, self.store.jobs()
             self.scheduler.tick(self.lease)
             time.sleep(0.03)
 

@@ -56,7 +56,7 @@ def test_a_job_goes_through_its_states(
     store.end(lease, second, "succeeded", "")
     assert store.get(job.id).state == "succeeded" and not store.running()
     assert [a.outcome for a in store.attempts(job.id)] == ["failed", "succeeded"]
-    assert store.list(["queued"]) == [] and len(store.list()) == 1
+    assert store.jobs(["queued"]) == [] and len(store.jobs()) == 1
 
 
 def test_cancel(store: JobStore, lease: Lease, make_job: Callable[..., JobConfig]) -> None:
@@ -119,7 +119,7 @@ def test_many_clients_at_once_lose_nothing(
                 store.submit(make_job())
             started.extend(
                 job.id
-                for job in store.list(["queued"])
+                for job in store.jobs(["queued"])
                 if store.start(lease, job.id, ("a",), 0, 0.1, Path("/jobs"))
             )
         except BaseException as error:
@@ -131,7 +131,7 @@ def test_many_clients_at_once_lose_nothing(
     for thread in threads:
         thread.join()
     assert not errors
-    assert len(JobStore(queue_url).list()) == 30
+    assert len(JobStore(queue_url).jobs()) == 30
     assert len(started) == len(set(started)) == 30
 
 
@@ -158,14 +158,14 @@ def test_nodes_are_replaced(store: JobStore, lease: Lease) -> None:
 
 
 def test_a_newer_schema_is_refused(store: JobStore, queue_url: str) -> None:
-    store.list()
+    store.jobs()
     url = queue_url.replace("postgresql://", "postgresql+psycopg://")
     engine = sa.create_engine(url)
     with engine.begin() as connection:
         connection.execute(schema_table.update().values(version=2))
     engine.dispose()
     with pytest.raises(JobError, match="schema 2, newer than 1"):
-        JobStore(queue_url).list()
+        JobStore(queue_url).jobs()
 
 
 @pytest.mark.parametrize(
@@ -178,5 +178,5 @@ def test_a_newer_schema_is_refused(store: JobStore, queue_url: str) -> None:
 )
 def test_bad_urls_are_one_line_without_the_password(url: str, message: str) -> None:
     with pytest.raises(JobError, match=message) as caught:
-        JobStore(url).list()
+        JobStore(url).jobs()
     assert "\n" not in str(caught.value) and "secret" not in str(caught.value)

@@ -58,7 +58,7 @@ def list_command(
     json: JsonOption = False,
 ) -> None:
     """List the jobs that wait or run."""
-    found = _store(queue).list() if everything else _store(queue).list(["queued", "running"])
+    found = _store(queue).jobs() if everything else _store(queue).jobs(["queued", "running"])
     jobs = [_summary(job) for job in found if team is None or job.config.team == team]
     emit({"jobs": jobs}, json=json, human=lambda: _print_jobs(jobs))
 

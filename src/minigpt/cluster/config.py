@@ -9,7 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from minigpt.cluster.resources import Resources
 from minigpt.core.config import Config
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?$")]
+Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,48}[a-z0-9])?$")]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 GIB = 1 << 30
 
 
@@ -32,11 +33,11 @@ class JobConfig(Config):
     """A job: a command that `workers` processes run together, all of them or none."""
 
     name: Name = "job"
-    """Lower-case letters, digits and hyphens, at most 50."""
+    """Lower-case letters, digits and hyphens, at most 50, the first a letter."""
     command: list[str] = Field(min_length=1)
     """Program and arguments. Each worker finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT as torchrun sets them."""
-    env: dict[str, str] = Field(default_factory=dict)
+    env: dict[VariableName, str] = Field(default_factory=dict)
     """Environment variables besides those of the queue's process."""
     workdir: str = ""
     """Where the command runs; empty is the directory that the job is submitted from."""

@@ -136,6 +136,9 @@ def _slurm(job: JobConfig, site: SiteConfig, shape: _Shape) -> str:
         "output": f"{job.name}-%j.log",
         "open-mode": "append",
     }
+    for name, value in directives.items():
+        if any(character.isspace() for character in str(value)):
+            raise ConfigError(f"slurm: {name} = {str(value)!r}: a directive can't hold spaces")
     lines = ["#!/bin/bash"]
     lines += [f"#SBATCH --{name}={value}" for name, value in directives.items() if value != ""]
     lines += ["#SBATCH --requeue" if job.evictable else "#SBATCH --no-requeue", "set -u"]
@@ -235,7 +238,7 @@ def _pod(job: JobConfig, site: SiteConfig, shape: _Shape) -> dict[str, Any]:
             {
                 "name": "worker",
                 "image": site.image,
-                "command": ["bash", "-c", f"exec {launch}"],
+                "command": ["bash", "-c", _literal(f"exec {launch}")],
                 "workingDir": _MOUNT,
                 "env": _pod_env({"MINIGPT_HOME": f"{_MOUNT}/.minigpt"} | job.env),
                 "resources": {"requests": amounts, "limits": dict(amounts)},
@@ -260,7 +263,12 @@ def _pod(job: JobConfig, site: SiteConfig, shape: _Shape) -> dict[str, Any]:
 
 
 def _pod_env(env: Mapping[str, str]) -> list[dict[str, str]]:
-    return [{"name": name, "value": value} for name, value in env.items()]
+    return [{"name": name, "value": _literal(value)} for name, value in env.items()]
+
+
+def _literal(text: str) -> str:
+    """Keep Kubernetes from putting variables in the place of `$(NAME)`."""
+    return text.replace("$(", "$$(")
 
 
 def _sky(job: JobConfig, site: SiteConfig, shape: _Shape) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Scheduler:
                 running.append(self._keep(lease, job, attempt, seen, now))
             else:
                 self._settle(lease, job, attempt, seen)
-        waiting = self._store.list(["queued"])
+        waiting = self._store.jobs(["queued"])
         ready = [_waiting(job, now) for job in waiting if job.eligible_at <= now]
         nodes = self._executor.nodes()
         config = self._config

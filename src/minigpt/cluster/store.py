@@ -128,7 +128,7 @@ class JobStore:
         with self._database.transaction("read a job") as connection:
             return _read_job(connection, job)
 
-    def list(self, states: Sequence[State] = ()) -> list[Job]:
+    def jobs(self, states: Sequence[State] = ()) -> list[Job]:
         """Return jobs in the order of submission; those in any of `states`, or all."""
         query = sa.select(jobs_table).order_by(jobs_table.c.id)
         if states:
