@@ -18,7 +18,7 @@ from minigpt.cluster.config import JobConfig, NodeConfig
 from minigpt.cluster.executor import Observation
 from minigpt.cluster.isolation import processes_of
 from minigpt.cluster.local import LocalExecutor
-from minigpt.cluster.store import Attempt
+from minigpt.cluster.records import Attempt
 
 NODES = {name: NodeConfig(cpus=2, memory_gib=8, gpus=2) for name in ("a", "b")}
 

@@ -16,8 +16,9 @@ import pytest
 
 from minigpt.cluster.config import JobConfig, QueueConfig
 from minigpt.cluster.ray_executor import RayExecutor
+from minigpt.cluster.records import ENDED, Attempt, Job
 from minigpt.cluster.scheduler import Scheduler
-from minigpt.cluster.store import ENDED, Attempt, Job, JobStore
+from minigpt.cluster.store import JobStore
 from minigpt.core.config import from_mapping
 
 pytestmark = pytest.mark.soak  # a cluster takes seconds to start and stop

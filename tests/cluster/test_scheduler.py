@@ -18,8 +18,9 @@ import pytest
 from minigpt.cluster.attempt import claimed_by
 from minigpt.cluster.config import JobConfig, QueueConfig
 from minigpt.cluster.local import LocalExecutor
+from minigpt.cluster.records import ENDED, Job
 from minigpt.cluster.scheduler import Scheduler
-from minigpt.cluster.store import ENDED, Job, JobStore, LeaseLostError
+from minigpt.cluster.store import JobStore, LeaseLostError
 from minigpt.core.config import to_yaml
 from minigpt.core.errors import JobError
 
@@ -116,7 +117,7 @@ stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 while n < 40:
     n += 1; print(n, flush=True); time.sleep(0.05)
-    if stop: saved.write_text(str(n)); sys.exit(143)
+    if stop: saved.write_text(str(n)); sys.exit(0)
 """
     victim = queue.store.submit(make_job(counting, workers=1, resources={"cpus": 2}))
     other = queue.store.submit(

@@ -13,8 +13,9 @@ import sqlalchemy as sa
 
 from minigpt.cluster.config import JobConfig
 from minigpt.cluster.database import schema_table
+from minigpt.cluster.records import Attempt, Lease
 from minigpt.cluster.resources import Resources
-from minigpt.cluster.store import Attempt, JobStore, Lease, LeaseLostError
+from minigpt.cluster.store import JobStore, LeaseLostError
 from minigpt.cluster.timeline import Node
 from minigpt.core.errors import JobError
 

@@ -13,7 +13,8 @@ from minigpt.cluster.config import GIB, JobConfig, QueueConfig
 from minigpt.cluster.simulate import SimulationConfig
 
 if TYPE_CHECKING:
-    from minigpt.cluster.store import Attempt, Job, JobStore
+    from minigpt.cluster.records import Attempt, Job
+    from minigpt.cluster.store import JobStore
 
 app = typer.Typer()
 

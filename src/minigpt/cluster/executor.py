@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from minigpt.cluster.attempt import AttemptResult
 from minigpt.cluster.config import JobConfig
-from minigpt.cluster.store import Attempt
+from minigpt.cluster.records import Attempt
 from minigpt.cluster.timeline import Node
 from minigpt.core.job_status import JobStatus
 

@@ -26,7 +26,7 @@ from minigpt.cluster.attempt import (
 from minigpt.cluster.config import GIB, JobConfig, NodeConfig
 from minigpt.cluster.executor import Observation
 from minigpt.cluster.isolation import detect_isolation, least_used
-from minigpt.cluster.store import Attempt
+from minigpt.cluster.records import Attempt
 from minigpt.cluster.timeline import Node, Placement
 from minigpt.core.job_status import read_status
 from minigpt.core.machine import describe_machine

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minigpt.cluster.attempt import log_path
-from minigpt.cluster.store import ENDED, Attempt, JobStore
+from minigpt.cluster.records import ENDED, Attempt
+from minigpt.cluster.store import JobStore
 from minigpt.core.errors import JobError
 
 _POLL_SECONDS = 0.3

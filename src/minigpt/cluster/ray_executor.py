@@ -13,8 +13,8 @@ from minigpt.cluster.attempt import AttemptSpec, WorkerSpec
 from minigpt.cluster.config import GIB, JobConfig
 from minigpt.cluster.executor import Observation
 from minigpt.cluster.local import worker_env
+from minigpt.cluster.records import Attempt
 from minigpt.cluster.resources import Resources
-from minigpt.cluster.store import Attempt
 from minigpt.cluster.timeline import Node
 from minigpt.core.errors import JobError
 from minigpt.core.job_status import JobStatus

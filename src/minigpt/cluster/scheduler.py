@@ -19,8 +19,9 @@ from minigpt.cluster.attempt import AttemptResult
 from minigpt.cluster.config import JobConfig, QueueConfig
 from minigpt.cluster.executor import Executor, Observation
 from minigpt.cluster.policy import Plan, RunningJob, WaitingJob, make_plan
+from minigpt.cluster.records import Attempt, Job, Lease
 from minigpt.cluster.resources import Resources
-from minigpt.cluster.store import Attempt, Job, JobStore, Lease, LeaseLostError
+from minigpt.cluster.store import JobStore, LeaseLostError
 from minigpt.cluster.timeline import Gang, Node
 from minigpt.core.errors import JobError, StorageError
 from minigpt.core.telemetry import get_logger
@@ -47,6 +48,7 @@ class Scheduler:
         self._store = store
         self._executor = executor
         self._directory = directory
+        self._published: Sequence[Node] = []
         self._log = get_logger("jobs")
 
     def run(self, stop: threading.Event, *, until_empty: bool = False) -> None:
@@ -58,7 +60,6 @@ class Scheduler:
         lease = self._wait_for_lease(stop)
         if lease is None:
             return
-        self._store.publish_nodes(lease, self._executor.nodes(), self._executor.isolation)
         self._log.info("scheduling", isolation=self._executor.isolation)
         try:
             while not stop.is_set():
@@ -92,6 +93,9 @@ class Scheduler:
         waiting = self._store.jobs(["queued"])
         ready = [_waiting(job, now) for job in waiting if job.eligible_at <= now]
         nodes = self._executor.nodes()
+        if nodes != self._published:
+            self._store.publish_nodes(lease, nodes, self._executor.isolation)
+            self._published = nodes
         config = self._config
         usage = self._store.usage(now, config.policy.half_life_seconds)
         plan = make_plan(now, nodes, ready, running, usage, config.teams, config.policy)
@@ -147,7 +151,8 @@ class Scheduler:
         """Record the end of an attempt: the job ends or waits again."""
         log = self._log.bind(job=job.id, attempt=attempt.number)
         store, result = self._store, seen.result
-        if result is not None and not any(result.exit_codes):
+        # Stopped with exit code 0 is no success: many programs answer SIGTERM so.
+        if result is not None and result.ended == "finished" and not any(result.exit_codes):
             store.end(lease, attempt, "succeeded", "")
             log.info("succeeded")
         elif attempt.stop_reason == "cancel" or job.cancel_requested:

@@ -14,7 +14,6 @@ import socket
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -29,72 +28,22 @@ from minigpt.cluster.database import (
     lease_table,
     nodes_table,
 )
+from minigpt.cluster.records import (
+    Attempt,
+    Job,
+    Lease,
+    State,
+    StopReason,
+    to_attempt,
+    to_job,
+)
 from minigpt.cluster.resources import Resources
 from minigpt.cluster.timeline import Node, Placement
-from minigpt.core.config import from_mapping
 from minigpt.core.errors import JobError
-
-State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
-ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
-StopReason = Literal["", "cancel", "evict"]
 
 
 class LeaseLostError(JobError):
     """Another scheduler has taken over this queue."""
-
-
-@dataclass(frozen=True)
-class Lease:
-    """The right to schedule; `token` grows with each holder."""
-
-    holder: str
-    token: int
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One start of a job."""
-
-    job: int
-    number: int
-    team: str
-    placement: Placement
-    level: int
-    share: float
-    """Dominant share of the cluster when it started."""
-    started_at: float
-    ended_at: float | None
-    outcome: str
-    stop_reason: StopReason
-    stop_at: float | None
-    """When it is stopped at the latest: the stop and the grace period."""
-    directory: Path
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job as the queue has it; times in seconds since the epoch, by the database's clock."""
-
-    id: int
-    config: JobConfig
-    state: State
-    reason: str
-    """Why it is in this state, for people."""
-    submitted_by: str
-    submitted_at: float
-    queued_at: float
-    eligible_at: float
-    waited: float
-    ended_at: float | None
-    attempt: int
-    failures: int
-    losses: int
-    evictions: int
-    cancel_requested: bool
-
-    def waited_at(self, now: float) -> float:
-        """Return the seconds spent in the queue, over all attempts."""
-        return self.waited + (max(0.0, now - self.queued_at) if self.state == "queued" else 0.0)
 
 
 class JobStore:
@@ -134,14 +83,14 @@ class JobStore:
         if states:
             query = query.where(jobs_table.c.state.in_(states))
         with self._database.transaction("list jobs") as connection:
-            return [_to_job(row) for row in connection.execute(query)]
+            return [to_job(row) for row in connection.execute(query)]
 
     def attempts(self, job: int) -> list[Attempt]:
         """Return a job's attempts, oldest first."""
         query = sa.select(attempts_table).where(attempts_table.c.job == job)
         with self._database.transaction("read attempts") as connection:
             rows = connection.execute(query.order_by(attempts_table.c.number))
-            return [_to_attempt(row) for row in rows]
+            return [to_attempt(row) for row in rows]
 
     def request_cancel(self, job: int) -> Job:
         """End a waiting job at once; ask the scheduler to stop a running one.
@@ -255,8 +204,8 @@ class JobStore:
         with self._database.transaction("list running jobs") as connection:
             return [
                 (
-                    _to_job(_named(jobs_table, row[:split])),
-                    _to_attempt(_named(attempts_table, row[split:])),
+                    to_job(_named(jobs_table, row[:split])),
+                    to_attempt(_named(attempts_table, row[split:])),
                 )
                 for row in connection.execute(query)
             ]
@@ -380,28 +329,14 @@ def _read_job(connection: sa.Connection, job: int) -> Job:
     row = connection.execute(sa.select(jobs_table).where(jobs_table.c.id == job)).one_or_none()
     if row is None:
         raise JobError(f"no job {job} in this queue", remedy="see `minigpt jobs list --all`")
-    return _to_job(row)
+    return to_job(row)
 
 
 def _read_attempt(connection: sa.Connection, attempt: Attempt) -> Attempt:
     table = attempts_table
     query = sa.select(table).where(table.c.job == attempt.job, table.c.number == attempt.number)
-    return _to_attempt(connection.execute(query).one())
+    return to_attempt(connection.execute(query).one())
 
 
 def _named(table: sa.Table, values: Sequence[Any]) -> Any:
     return SimpleNamespace(**dict(zip(table.c.keys(), values, strict=True)))
-
-
-def _to_job(row: Any) -> Job:
-    values = {name: getattr(row, name) for name in Job.__dataclass_fields__}
-    values["config"] = from_mapping(JobConfig, json.loads(row.config))
-    values["cancel_requested"] = bool(row.cancel_requested)
-    return Job(**values)
-
-
-def _to_attempt(row: Any) -> Attempt:
-    values = {name: getattr(row, name) for name in Attempt.__dataclass_fields__}
-    values["placement"] = tuple(json.loads(row.placement))
-    values["directory"] = Path(row.directory)
-    return Attempt(**values)
