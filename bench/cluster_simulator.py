@@ -177,8 +177,8 @@ def rank_main(arguments: list[str]) -> None:
     rank, ranks, directory = int(arguments[0]), int(arguments[1]), Path(arguments[3])
     work = Work(**json.loads(arguments[4]))
     torch.set_num_threads(1)
-    store = dist.FileStore(arguments[2], ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    meeting = f"file://{arguments[2]}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
     a = torch.randn(work.matrix, work.matrix)
     gradient = torch.randn(work.gradient // 4)
     state = os.urandom(work.checkpoint) if rank == 0 else b""

@@ -80,16 +80,19 @@ def test_a_jobs_whole_life(url: str, tmp_path: Path, capfd: pytest.CaptureFixtur
 def test_the_scheduler_leaves_jobs_running_and_finds_them_again(
     url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    slow = "command=[sh, -c, 'sleep 2; echo done > result']"
+    slow = "command=[sh, -c, 'until [ -e go ]; do sleep 0.1; done; echo done > result']"
     assert run(["jobs", "submit", "job.yaml", "--set", slow, "--set", "workers=1"]) == 0
     scheduler = subprocess.Popen(
         [sys.executable, "-m", "minigpt", "jobs", "run", "queue.yaml"], stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 60
-    while "running" not in minigpt("jobs", "list").stdout:
+    while "running" not in capfd.readouterr().out:
         assert time.monotonic() < deadline
+        time.sleep(0.1)
+        run(["jobs", "list"])
     os.kill(scheduler.pid, signal.SIGTERM)
     assert scheduler.wait(30) == 0
+    (tmp_path / "go").touch()
     assert minigpt("jobs", "run", "queue.yaml", "--until-empty").returncode == 0
     capfd.readouterr()
     assert run(["jobs", "show", "1", "--json"]) == 0

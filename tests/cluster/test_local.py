@@ -184,6 +184,7 @@ def test_another_executor_finds_the_job_again(
     if len(os.sched_getaffinity(0)) > 1:
         assert first.workers[0].cores != second.workers[0].cores
     for each in (one, two):
+        wait_for_log(each, "up")
         heir.stop(each)
         wait_for(heir, each, ended)
     assert executor.observe(one).state == "ended"

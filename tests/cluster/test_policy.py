@@ -85,7 +85,7 @@ def test_back_fill_takes_what_the_head_does_not_need_in_time() -> None:
 def test_quota_limits_a_team_and_no_other() -> None:
     teams = {"t": TeamConfig(gpus=2)}
     waits = [waiting(i, gang(1)) for i in range(4)] + [waiting(9, gang(1, team="u"))]
-    assert started(plan(waits, teams=teams)) == [0, 1, 9]
+    assert started(plan(waits, teams=teams)) == [0, 9, 1]  # in turn, as `u` had nothing yet
     assert plan([waiting(1, gang(3))], teams=teams).impossible == [1]
 
 
@@ -285,8 +285,8 @@ class Cluster:
         of_team: dict[str, Resources] = {}
         for id, live in self.live.items():
             gang = self.jobs[id].gang
-            for node in live.placement:
-                of_node[node] = of_node.get(node, Resources.zero()) + gang.per_worker
+            for name in live.placement:
+                of_node[name] = of_node.get(name, Resources.zero()) + gang.per_worker
             of_team[gang.team] = of_team.get(gang.team, Resources.zero()) + gang.total
         for node in NODES:
             assert of_node.get(node.name, Resources.zero()).fits_in(node.total), "capacity"
@@ -327,7 +327,7 @@ def traces(draw: st.DrawFn, *, teams: Sequence[str], priorities: int) -> list[Jo
 QUOTAS = {"x": TeamConfig(gpus=3, weight=2), "y": TeamConfig(cpus=5, memory_gib=60 / 2**30)}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     traces(teams=["x", "y", "z"], priorities=4),
     st.integers(1, 10),
@@ -340,7 +340,7 @@ def test_capacity_quota_gangs_and_no_job_lost(
     Cluster(jobs, QUOTAS, policy).play()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(traces(teams=["t"], priorities=0), st.integers(1, 10))
 def test_back_fill_never_delays_the_head(jobs: list[Job], reservations: int) -> None:
     """In a first-come queue the head's promised start only ever moves nearer."""
@@ -357,9 +357,13 @@ def test_back_fill_never_delays_the_head(jobs: list[Job], reservations: int) -> 
         assert cluster.jobs[id].began[0] <= at + 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 8), st.integers(1, 60), st.integers(0, 3)), min_size=40),
+    st.lists(
+        st.tuples(st.integers(1, 8), st.integers(1, 60), st.integers(0, 3)),
+        min_size=25,
+        max_size=40,
+    ),
     st.booleans(),
 )
 def test_nothing_starves(stream: list[tuple[int, int, int]], preemption: bool) -> None:
@@ -368,7 +372,7 @@ def test_nothing_starves(stream: list[tuple[int, int, int]], preemption: bool) -
     After (highest priority + 1) x ageing nobody who comes anew is before it; then those that are
     there and what runs, at most the work that arrived until then, is all that it can wait for.
     """
-    ageing = 50.0
+    ageing = 10.0
     big = Job(0, gang(8, seconds=65), 0, 0.5, 60.0, evictable=True)
     jobs = [big]
     for id, (workers, seconds, priority) in enumerate(stream, start=1):
@@ -386,7 +390,7 @@ def test_nothing_starves(stream: list[tuple[int, int, int]], preemption: bool) -
 def test_the_share_follows_the_weights() -> None:
     """Two teams that always have jobs waiting: machine time in the ratio of their weights."""
     jobs = [
-        Job(id, gang(2, seconds=10, team="xy"[id % 2]), 0, 0.0, 10.0, False) for id in range(400)
+        Job(id, gang(2, seconds=10, team="xy"[id % 2]), 0, 0.0, 10.0, False) for id in range(240)
     ]
     teams = {"x": TeamConfig(weight=3), "y": TeamConfig(weight=1)}
     policy = PolicyConfig(ageing_seconds=1e9)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.soak  # a cluster takes seconds to start and stop
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    ray = pytest.importorskip("ray")
+    ray: Any = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})

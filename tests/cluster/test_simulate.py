@@ -82,12 +82,12 @@ def test_the_books_balance(gpus: int, mtbf: float, stall: float, write: float, s
         assert min(ledger.parts().values()) >= 0
 
 
-@pytest.mark.parametrize("gpus", [1024, 8192, 16_384, 65_536])
+@pytest.mark.parametrize("gpus", [1024, 16_384])
 @pytest.mark.parametrize("stall", [5.0, 60.0])
 def test_agrees_with_the_closed_form(gpus: int, stall: float) -> None:
     """Without shortage of nodes Daly's expectation is exact for long runs."""
     config = SimulationConfig(
-        gpus=gpus, days=400, seeds=20, checkpoint_stall_seconds=stall, node_loss=0.0
+        gpus=gpus, days=300, seeds=20, checkpoint_stall_seconds=stall, node_loss=0.0
     )
     result = simulate(config)
     low, high = result.effective_interval

@@ -121,15 +121,17 @@ def make_plan(
     shares = dict(usage)
     for job in running:
         shares[job.gang.team] = shares.get(job.gang.team, 0) + job.gang.total.share_of(total)
+    too_large: set[Gang] = set()  # for what is free now, which only shrinks from here
     for candidate in _in_order(waiting, shares, total, teams, policy):
         gang = candidate.gang
-        placement = timeline.place(gang, now)
+        placement = None if gang in too_large else timeline.place(gang, now)
         if placement is not None:
             plan.starts.append(
                 Start(candidate.id, placement, candidate.level(policy.ageing_seconds))
             )
             timeline.add(candidate.id, gang, placement, now, now + gang.seconds)
             continue
+        too_large.add(gang)
         if len(plan.reservations) >= policy.reservations:
             continue
         found = timeline.earliest(gang)

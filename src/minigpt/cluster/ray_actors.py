@@ -37,6 +37,7 @@ from minigpt.cluster.isolation import detect_isolation
 from minigpt.core.job_status import STATUS_VARIABLE, JobStatus, read_status
 
 NAMESPACE = "minigpt-jobs"
+_ray: Any = ray  # its annotations know neither actor options nor most of `ray.util`
 _NODE_LABEL = "ray.io/node-id"
 _PLACEMENT_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
@@ -60,7 +61,6 @@ def read_result(token: str) -> AttemptResult | None:
     return None if value is None else AttemptResult(**json.loads(value))
 
 
-@ray.remote(num_cpus=0, max_restarts=0, max_concurrency=2)
 class Worker:
     """Runs one rank's command inside its bundle."""
 
@@ -70,7 +70,7 @@ class Worker:
 
     def describe(self) -> tuple[str, int, list[int]]:
         """Return this node's address, a port that is free there, and the GPUs of the bundle."""
-        address = ray.util.get_node_ip_address()
+        address = str(_ray.util.get_node_ip_address())
         with socket.socket() as probe:
             probe.bind((address, 0))
             port = int(probe.getsockname()[1])
@@ -127,7 +127,6 @@ def _die_with_parent(prepare: Callable[[], None]) -> Callable[[], None]:
     return enter
 
 
-@ray.remote(num_cpus=0, max_restarts=0)
 class Supervisor:
     """Runs one attempt and leaves its result in the cluster's key-value store."""
 
@@ -172,7 +171,9 @@ class Supervisor:
             return AttemptResult("stopped", [-signal.SIGKILL], None)
         for rank in range(len(self._placement)):
             strategy = PlacementGroupSchedulingStrategy(gang, placement_group_bundle_index=rank)
-            worker = Worker.options(num_gpus=_gpus(spec), scheduling_strategy=strategy).remote()
+            worker = WorkerActor.options(
+                num_gpus=_gpus(spec), scheduling_strategy=strategy
+            ).remote()
             self._workers.append(worker)
         facts = ray.get([worker.describe.remote() for worker in self._workers])
         calls = [
@@ -244,3 +245,8 @@ def _bundle(spec: AttemptSpec) -> dict[str, float]:
 def _gpus(spec: AttemptSpec) -> int:
     """Return the GPUs of one worker; which they are, Ray decides."""
     return len(next(iter(spec.gpus.values()), []))
+
+
+# Two threads for a worker, so that it can be stopped while its command runs.
+WorkerActor = _ray.remote(num_cpus=0, max_restarts=0, max_concurrency=2)(Worker)
+SupervisorActor = _ray.remote(num_cpus=0, max_restarts=0)(Supervisor)

@@ -75,7 +75,7 @@ class RayExecutor:
 
     def start(self, attempt: Attempt, config: JobConfig) -> None:
         spec = _make_spec(attempt, config)
-        self._actors.Supervisor.options(
+        self._actors.SupervisorActor.options(
             name=_token(attempt), namespace=self._actors.NAMESPACE, lifetime="detached"
         ).remote(spec, attempt.placement, attempt.directory)
 

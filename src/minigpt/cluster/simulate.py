@@ -117,7 +117,8 @@ class Ledger:
     @property
     def total(self) -> float:
         """All of the wall clock."""
-        return sum(self.parts().values())
+        down = self.detection + self.waiting_for_nodes + self.restart
+        return self.useful + self.lost + self.checkpoint + down
 
     def parts(self) -> dict[str, float]:
         """Return the parts by name."""
@@ -321,9 +322,10 @@ class Simulation:
 def simulate(config: SimulationConfig) -> Simulation:
     """Simulate the cluster for its days, once a seed."""
     step = config.compute_seconds + config.communication_seconds
-    wanted = config.checkpoint_interval_seconds
-    if wanted == "daly":
+    if config.checkpoint_interval_seconds == "daly":
         wanted = daly_interval(max(config.checkpoint_stall_seconds, 1e-3), config.mtbf_seconds)
+    else:
+        wanted = config.checkpoint_interval_seconds
     # A save must be durable before the next begins, and saves fall between steps.
     wanted = max(wanted, config.checkpoint_write_seconds, step)
     timings = Timings(

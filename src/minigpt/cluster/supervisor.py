@@ -12,9 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
-from types import FrameType
 
 from minigpt.cluster.attempt import (
     RESULT_FILE,
@@ -38,8 +38,10 @@ _CANNOT_RUN = 127
 class Gang:
     """The workers of one attempt."""
 
-    def __init__(self, spec: AttemptSpec, directory: Path, isolation: Isolation) -> None:
-        self.stop_requested = False
+    def __init__(
+        self, spec: AttemptSpec, directory: Path, isolation: Isolation, stop: threading.Event
+    ) -> None:
+        self._stop = stop
         self._spec = spec
         self._directory = directory
         self._isolation = isolation
@@ -60,10 +62,6 @@ class Gang:
         self._end_all(grace=self._spec.grace_seconds)
         codes = [process.wait() for process in self._processes]
         return AttemptResult(ended, codes, failed)
-
-    def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM and SIGINT."""
-        self.stop_requested = True
 
     def _start(self, rank: int) -> subprocess.Popen[bytes]:
         spec = self._spec
@@ -87,7 +85,7 @@ class Gang:
             failed = next((rank for rank, code in enumerate(codes) if code), None)
             if failed is not None or None not in codes:
                 return "finished", failed
-            if self.stop_requested:
+            if self._stop.is_set():
                 return "stopped", None
             if time.monotonic() > deadline:
                 return "time limit", None
@@ -122,14 +120,15 @@ def with_rendezvous(spec: AttemptSpec, directory: Path) -> AttemptSpec:
 
 def main(directory: Path) -> None:
     """Run the attempt in `directory`, unless somebody has decided otherwise."""
+    stop = threading.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: stop.set())
     hold_lock(directory)  # before the claim, so that a claim without a lock means death
     if not claim(directory, str(os.getpid())):
         return
     spec = read_spec(directory)
     assert spec is not None, directory
-    gang = Gang(with_rendezvous(spec, directory), directory, detect_isolation())
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, gang.request_stop)
+    gang = Gang(with_rendezvous(spec, directory), directory, detect_isolation(), stop)
     write_json(directory, RESULT_FILE, gang.run())
 
 
