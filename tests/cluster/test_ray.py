@@ -27,9 +27,8 @@ pytestmark = pytest.mark.soak  # a cluster takes seconds to start and stop
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     ray: Any = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
+    utilities: Any = pytest.importorskip("ray.cluster_utils")
+    made = utilities.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
     try:
         made.add_node(num_cpus=2)
         yield made.address
