@@ -238,3 +238,24 @@ def test_a_killed_ray_worker_goes_on_from_its_checkpoint(
     train_recipe(recipe, tmp_path / "here")
     there, here = read_final(tmp_path / "ray"), read_final(tmp_path / "here")
     assert there["weights_sha256"] == here["weights_sha256"]
+
+
+def test_two_ray_workers_train_one_model(cluster: str, tiny_dataset: Path, tmp_path: Path) -> None:
+    """Data parallel over the process group that Ray Train sets up: losses as of one process."""
+    from minigpt.cluster.ray_train import RayTrainConfig
+    from minigpt.pipeline import train_recipe, train_recipe_on_ray
+    from minigpt.train.config import TrainConfig
+    from minigpt.train.metrics import read_metrics
+
+    if "mesh" not in TrainConfig.model_fields:
+        pytest.skip("training knows no mesh yet")
+    recipe = write_recipe(tmp_path, tiny_dataset, steps=6)
+    cut = ["batch.micro_batch_size=1"]
+    ray = RayTrainConfig(workers=2, address=cluster)
+    train_recipe_on_ray(recipe, tmp_path / "ray", [*cut, "mesh.dp=2"], ray)
+    train_recipe(recipe, tmp_path / "here", cut)
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("ray", "here")
+    ]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-3)

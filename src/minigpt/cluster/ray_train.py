@@ -12,6 +12,8 @@ from pathlib import Path
 from minigpt.core.config import Config
 from minigpt.core.errors import JobError
 
+_COLLECTIVE_SECONDS = 7200  # a rank that saves or evaluates keeps the others waiting
+
 
 class RayTrainConfig(Config):
     """Workers and what becomes of failures."""
@@ -44,7 +46,7 @@ def train_on_ray(train: Callable[[], None], run_dir: Path, config: RayTrainConfi
     try:
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-        from ray.train.torch import TorchTrainer
+        from ray.train.torch import TorchConfig, TorchTrainer
     except ImportError as error:
         raise JobError(
             f"Ray Train can't be used: {error}", remedy="install minigpt[cluster]"
@@ -53,6 +55,11 @@ def train_on_ray(train: Callable[[], None], run_dir: Path, config: RayTrainConfi
     resources = {"CPU": config.cpus_per_worker, "GPU": float(config.gpus_per_worker)}
     trainer = TorchTrainer(
         train,
+        # Votes and small facts go over the CPU, whatever the device.
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if config.gpus_per_worker else "gloo",
+            timeout_s=_COLLECTIVE_SECONDS,
+        ),
         scaling_config=ScalingConfig(
             num_workers=config.workers,
             use_gpu=config.gpus_per_worker > 0,
