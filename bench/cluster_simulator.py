@@ -154,19 +154,17 @@ def spawn(ranks: int, work: Work, directory: Path) -> list[subprocess.Popen[byte
     attempt = len(list(directory.glob("rendezvous-*")))
     rendezvous = directory / f"rendezvous-{attempt}"
     rendezvous.touch()
-    return [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "import sys; from bench import cluster_simulator as c; c.rank_main(sys.argv[1:])",
-                *(str(rank), str(ranks), f"{rendezvous}-store", str(directory)),
-                json.dumps(asdict(work)),
-            ],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(ranks)
-    ]
+    program = "import sys; from bench import cluster_simulator as c; c.rank_main(sys.argv[1:])"
+    words = [str(ranks), f"{rendezvous}-store", str(directory), json.dumps(asdict(work))]
+    with (directory / "log").open("ab") as log:  # where survivors of a kill complain
+        return [
+            subprocess.Popen(
+                [sys.executable, "-c", program, str(rank), *words],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stderr=log,
+            )
+            for rank in range(ranks)
+        ]
 
 
 def rank_main(arguments: list[str]) -> None:
@@ -229,7 +227,7 @@ def run_plain(ranks: int, work: Work, directory: Path) -> Measured:
     processes = spawn(ranks, work, directory)
     for process in processes:
         if process.wait():
-            raise SystemExit("a rank failed, see above")
+            raise SystemExit(f"a rank failed: {(directory / 'log').read_text()[-800:]}")
     start = float((directory / "training").read_text()) - begin
     lines = json.loads((directory / "timings.json").read_text())
     computes, reduces, saves = zip(*lines, strict=True)
@@ -300,7 +298,8 @@ def wait_for_training(training: Path, processes: list[subprocess.Popen[bytes]]) 
     """Wait for the first step."""
     while not training.exists():
         if any(p.poll() for p in processes):
-            raise SystemExit("a rank failed before its first step, see above")
+            log = training.with_name("log").read_text()
+            raise SystemExit(f"a rank failed before its first step: {log[-800:]}")
         time.sleep(0.005)
 
 
