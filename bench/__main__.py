@@ -21,6 +21,7 @@ def main() -> None:
         ["bench.train_throughput", "--rounds", "3", "--steps", "4", *nanogpt],
         ["bench.train_quality", "--minutes", "1", *nanogpt],
         ["bench.engine_throughput"],
+        ["bench.cluster_simulator", "--steps", "100", "--repeat", "1"],
     ]
     failed = []
     for module, *arguments in commands:

@@ -88,8 +88,15 @@ def main() -> None:
 def validate(work: Work, repeat: int, scratch: Path) -> list[dict[str, Any]]:
     """Fit at 2 ranks; predict, measure and print the rest."""
     small = Work(**(asdict(work) | {"gradient": work.gradient // 8}))
-    two = median_of([run_plain(2, work, scratch / f"two-{i}") for i in range(repeat)])
-    two_small = median_of([run_plain(2, small, scratch / f"small-{i}") for i in range(repeat)])
+    runs: dict[str, list[Measured]] = {"two": [], "small": [], "four": []}
+    for i in range(repeat):  # in turn, so that a busy machine slows all alike
+        for name, (ranks, load) in {
+            "two": (2, work),
+            "small": (2, small),
+            "four": (4, work),
+        }.items():
+            runs[name].append(run_plain(ranks, load, scratch / f"{name}-{i}"))
+    two, two_small, four = median_of(runs["two"]), median_of(runs["small"]), runs["four"]
     # T(S) = S/bandwidth + 2 latency at N = 2; two sizes give both.
     per_byte = (two.all_reduce - two_small.all_reduce) / (work.gradient - small.gradient)
     latency = max(0.0, (two.all_reduce - work.gradient * per_byte) / 2)
@@ -114,7 +121,6 @@ def validate(work: Work, repeat: int, scratch: Path) -> list[dict[str, Any]]:
         timings = Timings(step, work.steps_per_checkpoint, two.save, 0.0, DETECTION_POLL / 2, start)
         return timings, Measured(compute, all_reduce, two.save, start, step)
 
-    four = [run_plain(4, work, scratch / f"four-{i}") for i in range(repeat)]
     expected = predict(4)[1]
     for name in ("compute", "all_reduce", "step", "start"):
         compare(f"4 ranks: {name}", getattr(expected, name), [getattr(m, name) for m in four])
