@@ -99,6 +99,10 @@ def validate(work: Work, repeat: int, scratch: Path) -> list[dict[str, Any]]:
     two, two_small, four = median_of(runs["two"]), median_of(runs["small"]), runs["four"]
     # T(S) = S/bandwidth + 2 latency at N = 2; two sizes give both.
     per_byte = (two.all_reduce - two_small.all_reduce) / (work.gradient - small.gradient)
+    if per_byte <= 0:
+        raise SystemExit(
+            "the larger all-reduce took no longer: this machine is too busy to measure"
+        )
     latency = max(0.0, (two.all_reduce - work.gradient * per_byte) / 2)
     shared = max(1.0, 2 / usable_cores())
     print(
