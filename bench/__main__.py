@@ -22,6 +22,7 @@ def main() -> None:
         ["bench.train_quality", "--minutes", "1", *nanogpt],
         ["bench.engine_throughput"],
         ["bench.checkpoint", "--shapes", "13.8M", "--rounds", "2"],
+        ["bench.cluster_simulator", "--steps", "100", "--repeat", "1"],
     ]
     failed = []
     for module, *arguments in commands:

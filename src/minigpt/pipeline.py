@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minigpt.cluster.ray_train import RayTrainConfig, train_on_ray
 from minigpt.core.artifact import Artifact, is_artifact, open_artifact
 from minigpt.core.config import load_config, read_yaml_mapping
 from minigpt.core.errors import ConfigError
@@ -55,6 +57,30 @@ def train_recipe(
     if needs_supervisor(config):
         return supervise(config, dataset, Path(run_dir), began=began, json_logs=json_logs)
     return train(config, dataset, Path(run_dir), began=began)
+
+
+def train_recipe_on_ray(
+    recipe: str | Path, run_dir: str | Path, overrides: Sequence[str], ray: RayTrainConfig
+) -> None:
+    """Do as `train_recipe` on the workers of a Ray cluster.
+
+    Args:
+        recipe: As `train_recipe`.
+        run_dir: As `train_recipe`; the same place on every node.
+        overrides: As `train_recipe`.
+        ray: Workers and failures.
+
+    Raises:
+        JobError: The workers failed more often than allowed.
+    """
+    recipe, run_dir = Path(recipe).absolute(), Path(run_dir).absolute()
+    open_dataset(load_recipe(recipe, overrides).data)  # once, rather than by every worker
+    work = functools.partial(_train_worker, recipe, run_dir, list(overrides))
+    train_on_ray(work, run_dir, ray)
+
+
+def _train_worker(recipe: Path, run_dir: Path, overrides: list[str]) -> None:
+    train_recipe(recipe, run_dir, overrides)
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -17,6 +17,7 @@ COMMANDS = {
     "data": "Prepare and inspect token datasets.",
     "train": "Train a model from a recipe, or resume its run.",
     "chaos": "Inject faults into training and certify that the result is the same.",
+    "jobs": "A queue of jobs on this machine or a Ray cluster; job specs; cluster simulation.",
     "evaluate": "Measure a model and judge it by a gate.",
     "compress": "Make a model smaller and report what that cost.",
     "models": "The registry: versions, aliases, promotion, import and export.",

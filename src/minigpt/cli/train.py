@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -31,6 +31,15 @@ def train(
         int | None,
         typer.Option(metavar="N", help="The one dial, same as --set size=N; all else follows."),
     ] = None,
+    on: Annotated[
+        Literal["here", "ray"], typer.Option(help="ray: on the workers of a Ray cluster.")
+    ] = "here",
+    workers: Annotated[
+        int, typer.Option(min=1, help="With --on ray: processes, the size of the mesh.")
+    ] = 1,
+    max_failures: Annotated[
+        int, typer.Option(min=0, help="With --on ray: how often lost workers are replaced.")
+    ] = 3,
     overrides: SetOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -43,9 +52,10 @@ def train(
     minigpt train goodput DIR says where a run's time and money went; minigpt train plot DIR draws
     its curves.
     """
+    from minigpt.cluster.ray_train import RayTrainConfig
     from minigpt.core.clock import SystemClock
     from minigpt.core.telemetry import configure_logging
-    from minigpt.pipeline import train_recipe
+    from minigpt.pipeline import train_recipe, train_recipe_on_ray
     from minigpt.train.metrics import read_metrics
     from minigpt.train.progress import process_start
     from minigpt.train.run import METRICS_FILE, read_final
@@ -53,8 +63,13 @@ def train(
 
     configure_logging(json=json)
     dial = [] if size is None else [f"size={size}"]
-    began = process_start(SystemClock())
-    train_recipe(recipe, run_dir, [*dial, *(overrides or [])], began=began, json_logs=json)
+    assignments = [*dial, *(overrides or [])]
+    if on == "ray":
+        ray = RayTrainConfig(workers=workers, max_failures=max_failures)
+        train_recipe_on_ray(recipe, run_dir, assignments, ray)
+    else:
+        began = process_start(SystemClock())
+        train_recipe(recipe, run_dir, assignments, began=began, json_logs=json)
     if not is_first_rank():
         return
     final = read_final(run_dir)

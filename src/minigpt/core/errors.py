@@ -58,6 +58,10 @@ class RegistryError(MinigptError):
     """A model name, version or alias that the registry does not have or refuses."""
 
 
+class JobError(MinigptError):
+    """A job that the queue does not have or refuses, or a queue that can't be used."""
+
+
 class RequestError(MinigptError):
     """A request that the service refuses; becomes an HTTP error in OpenAI's form.
 
