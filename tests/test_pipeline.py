@@ -13,6 +13,8 @@ import yaml
 from minigpt.cli.main import run as minigpt
 from minigpt.core.artifact import lineage, open_artifact
 from minigpt.core.errors import ConfigError, DataError
+from minigpt.core.manifest import MANIFEST
+from minigpt.core.storage import upload_directory
 from minigpt.data.skip_list import SKIP_FILE, SkipList
 from minigpt.pipeline import open_run_loader, train_recipe
 from minigpt.train.metrics import read_metrics
@@ -161,6 +163,18 @@ def test_a_recipes_skip_list_becomes_the_runs(recipe: Path, tmp_path: Path) -> N
     assert model.manifest.config["skip_list"]["samples"][0]["count"] == ROWS
     with pytest.raises(ConfigError, match=r"skip_list: no such file: .*/none.json"):
         train_recipe(recipe, tmp_path / "other", ["skip_list=none.json"])
+
+
+def test_a_dataset_behind_a_url_trains_as_the_local_one(
+    recipe: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    url = "memory://corpus/tiny"
+    upload_directory(tiny_dataset, url, last=MANIFEST)
+    for name, data in (("local", str(tiny_dataset)), ("remote", url)):
+        train_recipe(recipe, tmp_path / name, [f"data={data}", "steps=2"])
+    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
+    model = open_artifact(tmp_path / "remote" / "model")
+    assert model.manifest.parents[0].uri == url
 
 
 def test_mistakes_are_named(recipe: Path, tmp_path: Path) -> None:

@@ -90,3 +90,16 @@ def test_inspect_names_the_damaged_file(recipe: Path, tmp_path: Path) -> None:
     result = minigpt("data", "inspect", str(out))
     assert result.returncode == 2
     assert "train-00000.tokens is corrupt" in result.stderr
+
+
+@pytest.mark.soak
+def test_prepare_on_ray_gives_the_same_files(recipe: Path, tmp_path: Path) -> None:
+    """A cluster of its own, started and ended by the command."""
+    files = []
+    for where in ("local", "ray"):
+        out = tmp_path / where
+        made = minigpt("data", "prepare", str(recipe), "--out", str(out), "--on", where, "--json")
+        assert made.returncode == 0, made.stderr
+        assert json.loads(made.stdout)["documents"] == 12
+        files.append(json.loads((out / "manifest.json").read_text())["files"])
+    assert files[0] == files[1]

@@ -28,7 +28,7 @@ def text(rng: random.Random, lines: int = 12) -> str:
 def work() -> Iterator[RayWork]:
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         with RayWork.connect() as connected:
             yield connected

@@ -14,7 +14,6 @@ import heapq
 import math
 from fractions import Fraction
 from functools import lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -65,11 +64,13 @@ class Mixture:
         assert stages and stages[0].first == 0
         self.stages = stages
         self._firsts = np.array([stage.first for stage in stages], np.int64)
-        totals = [np.zeros(len(stages[0].counts), np.int64)]
-        for stage, following in pairwise(stages):
-            assert following.first > stage.first
-            totals.append(totals[-1] + _taken(stage.counts, following.first - stage.first))
-        self._totals = np.stack(totals)
+        counts = np.array([stage.counts for stage in stages], np.int64)
+        taken = np.zeros_like(counts)  # by the stages before each; a ramp's are one block each
+        taken[1:] = counts[:-1]
+        for number in np.flatnonzero(np.diff(self._firsts) != counts[:-1].sum(axis=1)) + 1:
+            before, following = stages[number - 1 : number + 1]
+            taken[number] = _taken(before.counts, following.first - before.first)
+        self._totals = np.cumsum(taken, axis=0)
 
     def place(self, samples: npt.NDArray[np.int64]) -> Place:
         """Return source and number within the source of samples, (count,) each."""
@@ -231,6 +232,4 @@ def _taken(counts: Counts, samples: int) -> npt.NDArray[np.int64]:
     """Return how much the first `samples` samples of a stage take from each source."""
     blocks, rest = divmod(samples, sum(counts))
     whole = blocks * np.array(counts, np.int64)
-    if not rest:  # each stage of a ramp is one whole block
-        return whole
     return whole + np.bincount(_block(counts)[0][:rest], minlength=len(counts))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import logging
 import os
 import tempfile
 from collections import deque
@@ -46,7 +47,7 @@ class RayWork:
     @staticmethod
     @contextmanager
     def connect() -> Iterator[RayWork]:
-        """Use the cluster that this process is connected to or RAY_ADDRESS names, or start one.
+        """Use the cluster that this process is in or that RAY_ADDRESS names, or start one.
 
         One that was started here, on this machine alone, ends with the block.
 
@@ -62,8 +63,14 @@ class RayWork:
             ) from None
         started = not ray.is_initialized()
         if started:
-            alone = not os.environ.get("RAY_ADDRESS")
-            ray.init(log_to_driver=False, include_dashboard=False if alone else None)
+            # Without an address Ray would join whatever cluster runs on this machine.
+            address = os.environ.get("RAY_ADDRESS") or "local"
+            ray.init(
+                address,
+                include_dashboard=False if address == "local" else None,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
         try:
             yield RayWork(int(ray.cluster_resources().get("CPU", 1)))
         finally:
