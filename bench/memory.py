@@ -8,12 +8,14 @@ a step after the first two, on top of what the rank holds between steps. Run as
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from bench.harness import environment, print_environment, print_table, write_results
@@ -33,21 +35,21 @@ GOAL = 0.10
 
 BASE: dict[str, Any] = {
     "layers": 4,
-    "width": 256,
-    "heads": 4,
-    "kv": 4,
-    "length": 256,
+    "width": 128,
+    "heads": 2,
+    "kv": 2,
+    "length": 128,
     "rows": 4,
     "micro": 1,
-    "vocab": 8192,
+    "vocab": 2048,
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "base, Muon": {},
     "AdamW": {"optimizer": {"kind": "adamw"}},
     "accumulation": {"micro": 4},
-    "deep": {"layers": 12, "width": 192, "heads": 3, "kv": 3},
+    "deep": {"layers": 12},
     "wide": {"layers": 2, "width": 512, "heads": 8, "kv": 8},
-    "long": {"length": 1024, "rows": 2},
+    "long": {"length": 512, "rows": 2},
     "many rows": {"rows": 16},
     "grouped queries": {"kv": 1},
     "GPT-2 family": {
@@ -62,7 +64,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         }
     },
     "untied": {"family": {"tie_embeddings": False}},
-    "large vocabulary": {"vocab": 32768, "layers": 2},
+    "large vocabulary": {"vocab": 16384, "layers": 2},
     "bfloat16": {"precision": "bfloat16"},
     "bfloat16, many rows": {"precision": "bfloat16", "rows": 16},
     "checkpoint full": {"rows": 16, "memory": {"checkpoint": "full"}},
@@ -97,7 +99,7 @@ def configs(changes: dict[str, Any]) -> tuple[TrainConfig, ModelConfig]:
             "sequence_length": shape["length"],
             "micro_batch_size": shape["rows"],
             "tokens_per_step": shape["length"] * shape["rows"] * shape["micro"] * ranks,
-            "loss_chunk_tokens": 512,
+            "loss_chunk_tokens": 256,
         },
         "optimizer": {"lr": 0.001, "muon_lr": 0.02} | shape.get("optimizer", {}),
         "mesh": mesh,
@@ -126,9 +128,12 @@ def measure(config: TrainConfig, model: ModelConfig) -> tuple[int, int]:
     batches = [
         make_batch(model, m, config.batch.micro_batch_size) for m in mesh.micro_batches(count)
     ]
+    # The optimizer's state comes into being; torch's DDP makes its buckets, and makes them anew.
     for _ in range(2):
         step.run(batches, 1.0)
     held = sum_bytes([*decoder.parameters(), *optimizer.state_dict().values()])
+    if isinstance(laid.call, DistributedDataParallel):
+        held += sum_bytes(decoder.parameters())  # the buckets, in which gradients lie
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step.run(batches, 1.0)
     return held, held + highest_level(profiler)
@@ -179,6 +184,7 @@ def main() -> None:
             mark = "" if abs(error) <= GOAL else " !"
             sizes = [f"{size / 1e6:.1f}" for size in (held, peak, estimate.peak)]
             rows.append([name, *sizes, f"{error:+.1%}{mark}"])
+            print(*rows[-1], file=sys.stderr, flush=True)
     finally:
         for pool in pools.values():
             pool.close()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from minigpt.core.errors import ConfigError
 from minigpt.model.config import ModelConfig
 from minigpt.train.config import MemoryConfig, TrainConfig
+from minigpt.train.tree import BUCKET_BYTES
 
 _WIDE = 4  # bytes of float32
 _MATMUL_ATTENTION_TOKENS = 1024
@@ -42,8 +43,11 @@ class Workload:
     """Of one of AdamW's two moments of a parameter."""
     chunk_tokens: int
     tree_lists: int
-    """Further lists of gradients that `mesh.reduce` = tree holds at once."""
+    """Sums of earlier gradients that `mesh.reduce` = tree holds during the last micro-batch."""
     matmul_attention: bool
+    fused_norm: bool
+    keeps_buckets: bool
+    """Whether torch's DDP holds the memory of gradients from step to step."""
     memory: MemoryConfig
 
     @property
@@ -77,7 +81,7 @@ def describe_workload(config: TrainConfig, model: ModelConfig) -> Workload:
     micro_batches = batch.tokens_per_step // (batch.sequence_length * batch.micro_batch_size)
     share = max(1, micro_batches // mesh.data_size)
     length = batch.sequence_length // mesh.cp
-    tree = share.bit_length() - 1 + 1 if mesh.reduce == "tree" else 0
+    is_tree = mesh.reduce == "tree"
     return Workload(
         model=model,
         layers=-(-model.num_layers // mesh.pp),
@@ -86,13 +90,15 @@ def describe_workload(config: TrainConfig, model: ModelConfig) -> Workload:
         tp=mesh.tp,
         shards=mesh.fsdp,
         zero3=mesh.reshard == "zero3",
-        accumulates=share > 1,
+        accumulates=share > 1 and not is_tree,
         narrow=config.precision != "float32",
         muon=config.optimizer.kind == "muon",
         state_bytes=config.optimizer.state_bits / 8,
         chunk_tokens=batch.loss_chunk_tokens,
-        tree_lists=tree,
+        tree_lists=share.bit_length() - 1 if is_tree else 0,
         matmul_attention=config.device == "cpu" and length <= _MATMUL_ATTENTION_TOKENS,
+        fused_norm=config.device == "cuda",
+        keeps_buckets=config.mesh.size == config.mesh.dp > 1 and not is_tree,
         memory=config.memory,
     )
 
@@ -127,8 +133,11 @@ def layer_activations(work: Workload) -> int:
     kept = 2 * n // tp * width * _WIDE  # inputs of the two norms
     # Autocast makes a narrow copy of a norm's output for each projection that reads it.
     kept += n * width * ((3 + 1 + gated) * 2 if work.narrow else 2 * _WIDE)
+    # On a CPU, RMSNorm is not fused and keeps the normalised input too, all in float32.
+    if model.norm == "rmsnorm" and not work.fused_norm:
+        kept += 2 * n // tp * width * _WIDE
     if model.qk_norm:
-        kept += n * (queries + keys) * size
+        kept += n * (queries + keys) * (size if work.fused_norm else 2 * _WIDE)
     grouped = model.num_kv_heads < model.num_heads and work.matmul_attention
     kept += n * (queries + 2 * (queries if grouped else keys)) * size  # query, key, value
     kept += n * queries * size  # attention's output
@@ -147,12 +156,21 @@ def kept_activations(work: Workload) -> int:
     if work.memory.checkpoint == "none":
         return work.layers * whole
     if work.memory.checkpoint == "selective":
-        return work.layers * (entry + _linear_outputs(work)) + whole
+        return work.layers * (entry + _linear_outputs(work))
     recomputed = work.layers
     if work.memory.checkpoint == "budget":
         assert work.memory.checkpoint_layers != "auto"
         recomputed = min(work.layers, work.memory.checkpoint_layers)
-    return recomputed * entry + (work.layers - recomputed) * whole + (whole if recomputed else 0)
+    return recomputed * entry + (work.layers - recomputed) * whole
+
+
+def recomputed_activations(work: Workload) -> int:
+    """Return the bytes that come into being again, a layer at a time, in the backward pass."""
+    checkpoint, count = work.memory.checkpoint, work.memory.checkpoint_layers
+    if checkpoint == "none" or (checkpoint == "budget" and count == 0):
+        return 0
+    kept = _linear_outputs(work) if checkpoint == "selective" else 0
+    return layer_activations(work) - kept
 
 
 def _linear_outputs(work: Workload) -> int:
@@ -201,15 +219,16 @@ def estimate_memory(work: Workload) -> MemoryEstimate:
     gathered = _gathered_bytes(work, layer, root)
     saved, temporary = _loss_bytes(work)
     standing = parameters + optimizer + gathered
-    standing += gradients if work.accumulates else 0
+    standing += gradients if work.accumulates or work.keeps_buckets else 0
     standing += work.tree_lists * gradients
     scores = _score_bytes(work)
     head = model.vocab_size * model.hidden_size // work.tp * _WIDE
     at_loss = standing + activations + copies + saved + temporary
-    into_backward = standing + activations + copies + head + scores
+    into_backward = standing + activations + copies + head + scores + recomputed_activations(work)
     end = parameters + optimizer + gathered + (1 + work.tree_lists) * gradients
     end += max(head if model.tie_embeddings else 0, layer_activations(work) + scores)
-    update = parameters + optimizer + gradients + _update_bytes(work, matrices)
+    exchange = 2 * min(gradients, BUCKET_BYTES) if work.tree_lists else 0
+    update = parameters + optimizer + gradients + max(exchange, _update_bytes(work, matrices))
     return MemoryEstimate(
         parameters=parameters,
         gradients=gradients,
@@ -248,6 +267,8 @@ def _loss_bytes(work: Workload) -> tuple[int, int]:
     chunk = min(n, work.chunk_tokens) * vocabulary
     saved = n * model.hidden_size * _WIDE + head * _WIDE
     wide = chunk * (3 * _WIDE + (2 if work.narrow else 0))
+    if n > work.chunk_tokens:
+        wide += chunk * size  # the chunk before is let go only when the next is done
     product = head * size if work.narrow else 0  # the weight, narrowed
     return saved, product + max(wide, chunk * size + head * size)
 

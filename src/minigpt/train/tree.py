@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minigpt.core.errors import ConfigError
 
-_BUCKET_BYTES = 32 << 20
+BUCKET_BYTES = 32 << 20
 
 
 class TreeSum:
@@ -95,7 +95,7 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     buckets: list[list[Tensor]] = []
     size = 0
     for tensor in tensors:
-        if not buckets or size >= _BUCKET_BYTES or buckets[-1][0].dtype != tensor.dtype:
+        if not buckets or size >= BUCKET_BYTES or buckets[-1][0].dtype != tensor.dtype:
             buckets.append([])
             size = 0
         buckets[-1].append(tensor)
