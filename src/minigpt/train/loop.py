@@ -170,7 +170,8 @@ class TrainLoop:
 
     def _validate(self) -> None:
         begin = self._clock.monotonic()
-        result = self._parts.validator.score(self._parts.model)
+        model = self._parts.whole_model()
+        result = self._parts.validator.score(model)
         self.state.validated_step = self.state.step
         if result is None:
             return
@@ -184,7 +185,7 @@ class TrainLoop:
             "seconds": self._clock.monotonic() - begin,
         }
         self._write_line(self._out.events, line)
-        sample = self._parts.validator.sample(self._parts.model, self.state.step)
+        sample = self._parts.validator.sample(model, self.state.step)
         self._out.display.validation(line, sample)
 
     def _write_line(self, log: MetricsLog, line: Mapping[str, Any]) -> None:

@@ -214,9 +214,10 @@ def _run(
         outputs.metrics.flush()
         outputs.events.flush()
         state = loop.state
+        model = parts.whole_model()
         artifact = save_final_model(
             run_dir / MODEL_DIRECTORY,
-            parts.model,
+            model,
             config,
             tokenizer_dir=sources.train.tokenizer_dir,
             metrics={"loss": state.loss, **state.validation},
@@ -226,7 +227,7 @@ def _run(
             run_dir / FINAL_FILE,
             run_dir / METRICS_FILE,
             state,
-            parts.model,
+            model,
             artifact,
             dataset_sha256=sources.fingerprint,
         )
