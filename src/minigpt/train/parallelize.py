@@ -6,6 +6,7 @@ the global batch. Sums, never means: the loss is divided by the global number of
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -122,7 +123,7 @@ def spread(
         apply_tensor_parallel(model, tp)
     cut = cut_stages(model, mesh) if config.pp > 1 else None
     held = model if cut is None else cut.held
-    open_axes = LOSS_AXES
+    open_axes: tuple[str, ...] = LOSS_AXES
     if config.fsdp > 1:
         assert shards is not None
         for part in [model] if cut is None else cut.stages:
@@ -173,9 +174,11 @@ def _shard(
 def _data_parallel(model: Decoder, mesh: Mesh) -> DistributedDataParallel:
     config = mesh.config
     group = mesh.group("dp")
-    ddp = DistributedDataParallel(
-        model, process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    with warnings.catch_warnings():  # the option's new name is not in torch 2.11
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        ddp = DistributedDataParallel(
+            model, process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
     hook = _compression(config.compress, mesh.device_type, group)
     if hook is not None:
         ddp.register_comm_hook(*hook)
