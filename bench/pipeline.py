@@ -23,6 +23,7 @@ from bench.harness import environment, print_environment, print_table, write_res
 SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero-bubble", 1), ("zero-bubble", 2))
 NAMES = {"interleaved": "Interleaved1F1B", "zero-bubble": "InterleavedZeroBubble"}
 ROWS, LENGTH = 2, 128
+_LENGTHS = {"F": 1, "B": 2, "I": 1, "W": 1}
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,6 @@ def play(schedule: str, ranks: int, micro_batches: int, virtual: int) -> list[li
     last = ranks * virtual - 1
     done: dict[tuple[str, int, int], Fraction] = {}
     slots: list[list[Slot]] = [[] for _ in orders]
-    unit = Fraction(1, virtual)
-    length = {"F": unit, "B": 2 * unit, "I": unit, "W": unit}
 
     def inputs(kind: str, stage: int, batch: int) -> list[tuple[str, int, int]]:
         if kind == "F":
@@ -63,7 +62,9 @@ def play(schedule: str, ranks: int, micro_batches: int, virtual: int) -> list[li
                     break
                 free = row[-1].stop if row else Fraction(0)
                 start = max([free, *(done[need] for need in needs)])
-                row.append(Slot(kind, stage, batch, start, start + length[kind]))
+                row.append(
+                    Slot(kind, stage, batch, start, start + Fraction(_LENGTHS[kind], virtual))
+                )
                 # A whole backward pass gives the input's gradient too.
                 done["I" if kind == "B" else kind, stage, batch] = row[-1].stop
                 moved = True
@@ -74,17 +75,28 @@ def play(schedule: str, ranks: int, micro_batches: int, virtual: int) -> list[li
 def torch_orders(
     schedule: str, ranks: int, micro_batches: int, virtual: int
 ) -> Iterator[Iterator[tuple[str, int, int]]]:
-    """Yield each rank's (kind, stage, micro-batch) as torch's schedule has them."""
+    """Yield each rank's (kind, stage, micro-batch) as torch's schedules run them."""
+    if schedule == "1f1b":
+        # As its step does: torch's own listing numbers the last rank's micro-batches from 1.
+        for rank in range(ranks):
+            warm = min(micro_batches, ranks - rank)
+            order = [("F", rank, batch) for batch in range(warm)]
+            for batch in range(micro_batches):
+                order.append(("B", rank, batch))
+                if warm + batch < micro_batches:
+                    order.append(("F", rank, warm + batch))
+            yield iter(order)
+        return
     from torch.distributed.pipelining.schedules import get_schedule_class
 
     kind: Any = get_schedule_class(NAMES.get(schedule, schedule))
     stage = SimpleNamespace(num_stages=ranks * virtual, group_size=ranks, group_rank=0, submod=None)
-    order = kind([stage] * virtual if schedule in NAMES else stage, micro_batches).pipeline_order
+    listed = kind([stage] * virtual if schedule in NAMES else stage, micro_batches).pipeline_order
     for rank in range(ranks):
         yield (
             (action.computation_type.value, action.stage_index, action.microbatch_index)
-            for action in order[rank]
-            if action is not None
+            for action in listed[rank]
+            if action is not None and action.computation_type.value in _LENGTHS
         )
 
 

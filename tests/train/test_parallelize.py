@@ -73,7 +73,7 @@ def _train(
         result = step.run([make_batch(MODEL, m) for m in mine], 1.0)
         assert result is not None and result.grad_norm > CLIP
         losses += [result.loss, result.grad_norm]
-    return losses, dict(gathered(model).state_dict())
+    return losses, dict(gathered(model, mesh).state_dict())
 
 
 def _id(value: Any) -> str | None:
@@ -174,9 +174,9 @@ def test_bf16_compression_needs_nccl() -> None:
 
 
 def _shares(config: MeshConfig) -> tuple[int, bool]:
-    _, _, model = _step(config, "adamw", torch.float32, torch.float32)
+    _, mesh, model = _step(config, "adamw", torch.float32, torch.float32)
     held = sum(_local(p.detach()).numel() for p in model.parameters())
-    whole = gathered(model)
+    whole = gathered(model, mesh)
     tokens = torch.arange(8)[None]
     hidden = whole(tokens, tokens, CausalAttention())
     return held, bool(torch.isfinite(whole.logits(hidden)).all())

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from minigpt.core.errors import ArtifactError
 from minigpt.train.config import OptimizerConfig
@@ -33,7 +35,7 @@ class Optimizer:
             )
         groups.append({"params": kinds["embedding"], "lr": config.lr, "weight_decay": 0.0})
         groups.append({"params": kinds["vector"], "lr": config.lr, "weight_decay": 0.0})
-        groups = [group for group in groups if group["params"]]
+        groups = [part for group in groups for part in _by_layout(group)]
         make = make_adamw8bit if config.state_bits == 8 else partial(torch.optim.AdamW, fused=True)
         self._optimizers: list[torch.optim.Optimizer] = [
             make(groups, betas=config.betas, eps=config.eps)
@@ -94,6 +96,13 @@ class Optimizer:
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _by_layout(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Split a group into shards and plain parameters, which the fused update does not mix."""
+    shards = [p for p in group["params"] if isinstance(p, DTensor)]
+    plain = [p for p in group["params"] if not isinstance(p, DTensor)]
+    return [group | {"params": part} for part in (shards, plain) if part]
 
 
 def _parameter_kinds(model: nn.Module) -> dict[str, list[nn.Parameter]]:
