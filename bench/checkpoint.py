@@ -50,8 +50,8 @@ def main() -> None:
             found = _measure(shape, ranks, options.rounds, options.steps, options.directory)
             runs.append(found)
             rows.append(_row(found))
-    print()
-    print_table(HEADER, rows)
+            print()
+            print_table(HEADER, rows)
     write_results("checkpoint", {"environment": described, "runs": runs})
 
 

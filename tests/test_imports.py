@@ -10,6 +10,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 PROGRAM = """
 import importlib, pkgutil, sys
 import torch, safetensors.torch, tokenizers, pydantic
+import torch.distributed.checkpoint  # looks itself for zstandard, and can do without
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
