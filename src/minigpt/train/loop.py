@@ -319,7 +319,8 @@ class TrainLoop:
     def _validate(self) -> None:
         self._progress.enter("validate")
         begin = self._clock.monotonic()
-        result = self._parts.validator.score(self._parts.model)
+        model = self._parts.whole_model()
+        result = self._parts.validator.score(model)
         with self._changing:
             self.state.validated_step = self.state.step
             if result is None:
@@ -329,7 +330,7 @@ class TrainLoop:
                 self.state = self._with_best()
         seconds = self._clock.monotonic() - begin
         line = self._report.event("validation", self.state.step, **asdict(result), seconds=seconds)
-        sample = self._parts.validator.sample(self._parts.model, self.state.step)
+        sample = self._parts.validator.sample(model, self.state.step)
         self._out.display.validation(line, sample)
 
     def _save(self) -> None:
