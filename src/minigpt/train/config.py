@@ -134,6 +134,13 @@ class CheckpointConfig(Config):
     """Steps between saves; 0 only at the end; auto is that of the validation."""
     keep: int = Field(default=2, ge=1)
     """Latest checkpoints to keep; the best one by validation is kept besides."""
+    keep_every: CountOrZero = 0
+    """Checkpoints whose step is a multiple of this are kept for good; 0 keeps none so."""
+    background: bool = True
+    """Write while training goes on; false waits for the end of each save."""
+    url: str = ""
+    """Where checkpoints go: a directory or a URL such as s3://bucket/run; empty is
+    `<run-dir>/checkpoints`."""
 
 
 class TrackersConfig(Config):

@@ -40,6 +40,7 @@ from minigpt.train.checkpoint import CheckpointStore, TrainState
 from minigpt.train.config import TrainConfig
 from minigpt.train.context import Member, Outputs, Speedometer
 from minigpt.train.display import SilentDisplay, make_display, show_table
+from minigpt.train.export_weights import model_files
 from minigpt.train.faults import faults_from_environment
 from minigpt.train.finish import save_final_model, write_final
 from minigpt.train.interrupt import TrainingInterruptedError
@@ -258,7 +259,7 @@ def _open_run(run_dir: Path) -> History:
 def _run(
     config: TrainConfig, parts: Build, sources: Sources, session: Session, clock: Clock
 ) -> Artifact:
-    outputs = _open_outputs(config, session.run_dir, session.world)
+    outputs = _open_outputs(config, parts, sources, session)
     status = "failed"
     try:
         artifact = _train_to_the_end(config, parts, sources, session, outputs, clock)
@@ -272,6 +273,7 @@ def _run(
         outputs.metrics.close()
         outputs.events.close()
         outputs.tracker.close(status)
+        outputs.store.close()
     return artifact
 
 
@@ -311,8 +313,14 @@ def _train_to_the_end(
     return artifact
 
 
-def _open_outputs(config: TrainConfig, run_dir: Path, world: World) -> Outputs:
-    store = CheckpointStore(run_dir / CHECKPOINT_DIRECTORY, keep=config.checkpoint.keep)
+def _open_outputs(config: TrainConfig, parts: Build, sources: Sources, session: Session) -> Outputs:
+    run_dir, world = session.run_dir, session.world
+    store = CheckpointStore(
+        config.checkpoint.url or run_dir / CHECKPOINT_DIRECTORY,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        model_files=model_files(parts.model.config, sources.train.tokenizer_dir),
+    )
     metrics, events = run_dir / METRICS_FILE, run_dir / EVENTS_FILE
     if not world.is_first:
         silent = (SilentLog(metrics), SilentLog(events), BackgroundTracker({}), SilentDisplay())
