@@ -112,7 +112,7 @@ def test_kill_9_of_any_rank_anywhere_changes_no_bit(
 ) -> None:
     run = tmp_path / "run"
     kills = [(1, 5, "forward"), (0, 9, "backward"), (1, 13, "reduce")]
-    kills += [(1, 15, "validate"), (0, 15, "save"), (1, 22, "update")]
+    kills += [(1, 15, "validate"), (0, 19, "save"), (1, 22, "update")]
     faults = ";".join(f"kill:rank={r},step={s},phase={p}" for r, s, p in kills)
     began = time.time()
     errors = _finish(_start(recipe(), run, faults))
@@ -142,7 +142,7 @@ def test_a_stopped_and_a_blocked_rank_are_named_and_replaced(
     assert first["ranks"] == [1] and first["states"]["1"] == "T"
     assert second["ranks"] == [0] and second["states"]["0"] != "T"
     assert "faults.py" in second["stacks"]["0"]  # where it is blocked
-    assert "step.py" in second["stacks"]["1"] or "mesh.py" in second["stacks"]["1"]
+    assert second["stacks"]["1"] and "faults.py" not in second["stacks"]["1"]
 
 
 def test_spoiled_numbers_on_one_rank_leave_no_trace(

@@ -297,14 +297,14 @@ class TrainLoop:
             self._failed_at = None
         every = self._config.recovery.check_every
         if every and self.state.step % every == 0:
-            self._ranks_agree()
+            self._ranks_agree(speeds=True)
 
-    def _ranks_agree(self) -> bool:
+    def _ranks_agree(self, *, speeds: bool = False) -> bool:
         """Compare the ranks; where replicas differ roll back and return False."""
         if self._world.size == 1:
             return True
         self._progress.enter("vote")
-        report = self._compared.run(self._parts.model.parameters())
+        report = self._compared.run(self._parts.model.parameters(), speeds=speeds)
         if report.stragglers:
             seconds = [round(seconds, 4) for seconds in report.compute_seconds]
             self._report.alarm(

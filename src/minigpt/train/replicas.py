@@ -29,7 +29,7 @@ class RankReport:
     stragglers: list[int]
     """Ranks that compute much longer than the others."""
     compute_seconds: list[float]
-    """By rank, since the comparison before."""
+    """By rank, since the comparison of speeds before."""
 
 
 class RankComparison:
@@ -44,21 +44,22 @@ class RankComparison:
         self._progress = progress
         self._computed = 0.0
 
-    def run(self, weights: Iterable[Tensor]) -> RankReport:
-        """Compare checksums of the weights, and the time since the last comparison."""
+    def run(self, weights: Iterable[Tensor], *, speeds: bool) -> RankReport:
+        """Compare checksums of the weights; with `speeds` also the time since it last did so."""
         total = compute_seconds(self._progress.seconds())
-        own, self._computed = total - self._computed, total
+        own = total - self._computed
         checksum = weights_checksum(weights)
         replica = self._mesh.rank(*_REPLICATED_OUTSIDE)
         # float64 holds integers up to 2^53: the checksum goes in two halves.
         rows = self._world.gather([checksum // _WORD, checksum % _WORD, float(replica), own])
         sums = [int(high) * _WORD + int(low) for high, low, _, _ in rows]
         seconds = [row[3] for row in rows]
-        return RankReport(
-            find_divergent(sums, [row[2] for row in rows]),
-            find_stragglers(seconds, self._config.straggler_ratio),
-            seconds,
-        )
+        divergent = find_divergent(sums, [row[2] for row in rows])
+        if not speeds:  # too few steps to tell a slow rank from an unlucky one
+            return RankReport(divergent, [], seconds)
+        self._computed = total
+        slow = find_stragglers(seconds, self._config.straggler_ratio)
+        return RankReport(divergent, slow, seconds)
 
 
 @torch.no_grad()
