@@ -145,7 +145,7 @@ def highest_level(profiler: profile) -> int:
     """Return the most that was allocated at once beyond what was there before."""
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     changes = [
-        (event.start_ns(), event.nbytes())
+        (event.start_ns(), event.nbytes())  # type: ignore[attr-defined]
         for event in profiler.profiler.kineto_results.events()
         if event.name() == "[memory]"
     ]

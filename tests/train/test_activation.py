@@ -20,7 +20,7 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts linear maps and attention's products."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.linear = self.batched = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -34,7 +34,7 @@ def _run(model: Decoder, memory: dict[str, Any]) -> tuple[list[Tensor], int, int
     optimizer = Optimizer(model, OptimizerConfig(lr=0.01, muon_lr=0.02))
     config = from_mapping(MemoryConfig, memory)
     step = TrainStep(model, optimizer, StepOptions(32, torch.float64, memory=config))
-    with _Products() as count:  # type: ignore[no-untyped-call]
+    with _Products() as count:
         step.accumulate([make_batch(model.config, 0)])
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     return gradients, count.linear, count.batched

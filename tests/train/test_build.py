@@ -28,7 +28,7 @@ def _recipe(dataset: Path, **changes: Any) -> TrainConfig:
     tree: dict[str, Any] = {
         "data": str(dataset),
         "size": 2,
-        "model": {"hidden_size": 32, "head_dim": 16},
+        "model": {"hidden_size": 32, "head_dim": 16, "vocab_size": 260},
         "steps": 3,
         "batch": {"sequence_length": 32, "tokens_per_step": 512, "micro_batch_size": 2},
         "validation": {"every": 0, "tokens": 512, "sample_tokens": 0},

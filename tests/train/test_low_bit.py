@@ -13,6 +13,8 @@ from minigpt.train.optimizer import Optimizer
 from minigpt.train.step import StepOptions, TrainStep
 from minigpt.train.verify_parallel import make_batch
 
+Tensors = dict[str, torch.Tensor]
+
 MODEL = ModelConfig(
     vocab_size=64,
     num_layers=1,
@@ -35,7 +37,9 @@ def test_it_is_refused_without_a_compiler_and_on_shards() -> None:
     check_state_bits(from_mapping(TrainConfig, {"data": "d", "mesh": {"fsdp": 2}}), False)
 
 
-def _train(bits: int, steps: range, state: tuple[dict, dict] | None) -> tuple[list, dict, dict]:
+def _train(
+    bits: int, steps: range, state: tuple[Tensors, Tensors] | None
+) -> tuple[list[float], Tensors, Tensors]:
     model = Decoder(MODEL)
     model.init_weights(torch.Generator().manual_seed(0))
     rates = {"kind": "adamw", "lr": 0.01, "muon_lr": 0.02, "state_bits": bits}

@@ -106,10 +106,11 @@ def _mixed(config: MeshConfig) -> tuple[list[float], set[torch.dtype]]:
 @pytest.mark.parametrize("mesh", [{"fsdp": 2}, {"dp": 2}, {"tp": 2}], ids=_id)
 def test_mixed_precision_keeps_weights_wide(two_ranks: Ranks, mesh: dict[str, Any]) -> None:
     exact, _ = _train(MeshConfig(), "adamw", torch.float32, torch.float32)
+    alone, _ = _train(MeshConfig(), "adamw", torch.bfloat16, torch.float32)
     for losses, dtypes in two_ranks.run(_mixed, from_mapping(MeshConfig, mesh)):
         assert dtypes == {torch.float32}
         assert losses != exact
-        assert losses == pytest.approx(exact, rel=0.03)
+        assert losses == pytest.approx(alone, rel=0.03)
 
 
 def _poisoned(config: MeshConfig) -> bool:
@@ -123,7 +124,7 @@ def _poisoned(config: MeshConfig) -> bool:
         total = original(*arguments)
         return float("nan") if dist.get_rank() == 1 else total
 
-    passes.run = run  # type: ignore[method-assign]
+    passes.run = run  # type: ignore[method-assign, assignment]
     with pytest.raises(NonFiniteError):
         step.run(batches, 1.0)
     after = model.state_dict()

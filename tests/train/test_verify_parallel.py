@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
 from typer.testing import CliRunner
 
 from minigpt.cli.verify_parallel import app
@@ -15,6 +17,7 @@ from minigpt.core.config import from_mapping
 from minigpt.model.config import ModelConfig
 from minigpt.train import verify_parallel as module
 from minigpt.train.config import MeshConfig, TrainConfig
+from minigpt.train.parallelize import spread
 from minigpt.train.processes import Ranks
 from minigpt.train.verify_parallel import Verdict, family, verify_parallel
 
@@ -88,28 +91,34 @@ def test_four_ranks_compute_what_one_does(
 
 def _verify_damaged(damage: str, config: MeshConfig, tiny: ModelConfig) -> Verdict:
     """Prove a mesh whose last rank has something wrong."""
-    original = module.spread
+    original = spread
 
-    def spread(*arguments: Any, **options: Any) -> Any:
+    def damaged(*arguments: Any, **options: Any) -> Any:
         laid = original(*arguments, **options)
         if dist.get_rank() == dist.get_world_size() - 1:
             with torch.no_grad():
                 laid.model.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] += 1e-6
         if damage == "no reduction":
+            assert isinstance(laid.call, DistributedDataParallel)
             laid.call.register_comm_hook(None, _keep)
         return laid
 
-    module.spread = spread
+    patch = pytest.MonkeyPatch()
+    patch.setattr(module, "spread", damaged)
     try:
         return module._verify_rank(config, tiny)
     finally:
-        module.spread = original
+        patch.undo()
 
 
-def _keep(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _keep(state: None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
+
+
+# torch looks at the annotations themselves, which here are strings.
+_keep.__annotations__ = {"bucket": GradBucket, "return": torch.futures.Future[torch.Tensor]}
 
 
 @pytest.mark.parametrize("damage", ["one replica off", "no reduction"])

@@ -34,7 +34,8 @@ def _sharded(chunk_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     rank = dist.get_rank()
     part = hidden.chunk(2, dim=1)[rank].clone().requires_grad_()
     shard = weight.chunk(2)[rank].clone()
-    output = DTensor.from_local(shard, mesh, [Shard(0)]).requires_grad_()
+    output = DTensor.from_local(shard, mesh, [Shard(0)])
+    output.requires_grad_()
     loss = vocab_parallel_cross_entropy_sum(part, output, targets, chunk_tokens=chunk_tokens)
     grads = torch.autograd.grad(3 * loss, [part, output])
     local = grads[1].to_local() if isinstance(grads[1], DTensor) else grads[1]
@@ -81,10 +82,12 @@ def _largest() -> int:
     assert mesh is not None
     part = hidden.chunk(2, dim=1)[dist.get_rank()].clone().requires_grad_()
     shard = weight.chunk(2)[dist.get_rank()].clone()
-    output = DTensor.from_local(shard, mesh, [Shard(0)]).requires_grad_()
+    output = DTensor.from_local(shard, mesh, [Shard(0)])
+    output.requires_grad_()
     with _LargestTensor() as watch:  # type: ignore[no-untyped-call]
-        vocab_parallel_cross_entropy_sum(part, output, targets, chunk_tokens=chunk).backward()  # type: ignore[no-untyped-call]
-    return watch.numel
+        loss = vocab_parallel_cross_entropy_sum(part, output, targets, chunk_tokens=chunk)
+        loss.backward()  # type: ignore[no-untyped-call]
+    return int(watch.numel)
 
 
 def test_neither_whole_logits_nor_the_whole_vocabulary_exist(two_ranks: Ranks) -> None:

@@ -76,7 +76,8 @@ def _keep_products() -> tuple[Any, Any]:
 
     Attention's own products are not kept: their scores would be the largest tensors of all.
     """
-    return create_selective_checkpoint_contexts(_policy)
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+    return contexts
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

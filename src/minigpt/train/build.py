@@ -96,10 +96,8 @@ def open_sources(config: TrainConfig, dataset: Artifact) -> Sources:
 
 def use_machine(config: TrainConfig) -> None:
     """Set, for the whole process, what decides the bits of a result: threads, kernels."""
-    threads = config.threads
-    if threads == "auto":
-        threads = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    torch.set_num_threads(threads)
+    share = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(config.threads if config.threads != "auto" else share)
     if choose_device(config.device) == "cpu":
         keep_freed_memory(_HEAP_BYTES)
     else:

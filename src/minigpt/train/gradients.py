@@ -58,7 +58,7 @@ def sum_gradients(
         if mesh.size(*over) == 1:
             continue
         flat = mesh.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]), *over)
-        parts = flat.split([gradient.numel() for gradient in gradients])
+        parts = torch.split(flat, [gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 

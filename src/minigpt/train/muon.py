@@ -62,10 +62,10 @@ class Muon(torch.optim.Optimizer):
         gradients = [local(p.grad) for p in parameters]
         buffers = [local(self._momentum_buffer(p)) for p in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
+        moved = torch._foreach_lerp(gradients, buffers, group["momentum"])
         values = [local(p) for p in parameters]
         torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
-        updates = [_gathered(u, p) for u, p in zip(updates, parameters, strict=True)]
+        updates = [_gathered(u, p) for u, p in zip(moved, parameters, strict=True)]
         by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, update in enumerate(updates):
             rows, columns = update.shape

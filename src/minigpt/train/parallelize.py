@@ -6,6 +6,7 @@ the global batch. Sums, never means: the loss is divided by the global number of
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ def spread(
     tp, shards = mesh.submesh("tp"), mesh.submesh("dp", "fsdp")
     if tp is not None:
         apply_tensor_parallel(model, tp)
-    open_axes = LOSS_AXES
+    open_axes: tuple[str, ...] = LOSS_AXES
     if config.fsdp > 1:
         assert shards is not None
         _shard(model, shards, config, dtype, offload)
@@ -150,9 +151,11 @@ def _shard(
 def _data_parallel(model: Decoder, mesh: Mesh) -> DistributedDataParallel:
     config = mesh.config
     group = mesh.group("dp")
-    ddp = DistributedDataParallel(
-        model, process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    with warnings.catch_warnings():  # the option's new name is not in torch 2.11
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        ddp = DistributedDataParallel(
+            model, process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
     hook = _compression(config.compress, mesh.device_type, group)
     if hook is not None:
         ddp.register_comm_hook(*hook)

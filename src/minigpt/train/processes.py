@@ -81,8 +81,8 @@ class Ranks:
             if not ready:
                 self.close()
                 raise TrainingError(f"no answer of the ranks within {self._timeout:.0f} s")
-            for pipe in ready:
-                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+            for answered in ready:
+                rank = self._pipes.index(answered)  # type: ignore[arg-type]
                 results[rank] = self._receive(rank)
         return [results[rank] for rank in range(len(self._pipes))]
 

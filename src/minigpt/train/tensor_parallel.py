@@ -91,7 +91,10 @@ class _SequenceEmbedding(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         return distribute_module(
-            module, device_mesh, input_fn=_shard_positions, output_fn=_to_local
+            module,
+            device_mesh,
+            input_fn=_shard_positions,
+            output_fn=_to_local,  # type: ignore[arg-type]
         )
 
 

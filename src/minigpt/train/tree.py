@@ -71,7 +71,7 @@ def butterfly_sum(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) ->
                 work.wait()
             mine += theirs  # a + b and b + a are the same bits
             stride *= 2
-        parts = mine.split([tensor.numel() for tensor in bucket])
+        parts = torch.split(mine, [tensor.numel() for tensor in bucket])
         for tensor, part in zip(bucket, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
