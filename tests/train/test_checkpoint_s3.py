@@ -16,8 +16,17 @@ from tests.train.rank_processes import launch
 
 from minigpt.core.errors import ArtifactError, StorageError
 from minigpt.train.checkpoint import CheckpointStore, TrainState
+from minigpt.train.checkpoint_location import RemoteLocation
 
 URL = "s3://bucket/run"
+PREFIX = "run/step-00000001"
+OTHERS = (
+    "index.json",
+    "model.safetensors",
+    "optimizer.safetensors",
+    "rng.safetensors",
+    "state.json",
+)
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "test",
@@ -27,12 +36,20 @@ CREDENTIALS = {
 
 
 class Server:
+    """A server that can be away for a while; it comes back on the same port, objects and all."""
+
     def __init__(self) -> None:
-        self.server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        self.server.start()
-        self.environment = CREDENTIALS | {
-            "AWS_ENDPOINT_URL": "http://{}:{}".format(*self.server.get_host_and_port())
-        }
+        self._port = 0
+        self.start()
+        self.environment = CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}"}
+
+    def start(self) -> None:
+        self._server = ThreadedMotoServer("127.0.0.1", self._port, verbose=False)
+        self._server.start()
+        _, self._port = self._server.get_host_and_port()
+
+    def stop(self) -> None:
+        self._server.stop()
 
     def client(self) -> Any:
         return boto3.client("s3")
@@ -51,7 +68,9 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     S3FileSystem.clear_instance_cache()
     server.client().create_bucket(Bucket="bucket")
     yield server
-    server.server.stop()
+    for key in server.listing():
+        server.client().delete_object(Bucket="bucket", Key=key)
+    server.stop()
     S3FileSystem.clear_instance_cache()
 
 
@@ -93,12 +112,21 @@ def test_saved_kept_loaded_and_verified(
     assert not [p for p in (tmp_path / "downloads").rglob("*") if p.is_file()]
 
 
-def test_the_manifest_comes_last_and_what_lacks_it_does_not_exist(server: Server) -> None:
+def test_the_manifest_comes_last_and_what_lacks_it_does_not_exist(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    commit = RemoteLocation.commit
+
+    def watched(*arguments: Any) -> None:
+        seen.append(server.listing())
+        commit(*arguments)
+
+    monkeypatch.setattr(RemoteLocation, "commit", watched)
     store = CheckpointStore(URL, keep=2)
     store.save(TrainState(step=1), **_contents(1))
-    order = server.client().list_objects_v2(Bucket="bucket")["Contents"]
-    newest = max(order, key=lambda entry: entry["LastModified"])
-    assert newest["Key"].endswith("manifest.json")
+    assert seen == [[f"{PREFIX}/{name}" for name in OTHERS]]
+    assert server.listing() == sorted([*seen[0], f"{PREFIX}/manifest.json"])
     server.client().put_object(
         Bucket="bucket", Key="run/step-00000002/model.safetensors", Body=b"half"
     )
@@ -111,7 +139,7 @@ def test_the_manifest_comes_last_and_what_lacks_it_does_not_exist(server: Server
 def test_a_lost_server_costs_the_save_and_not_the_run(server: Server) -> None:
     store = CheckpointStore(URL, keep=2)
     store.save(TrainState(step=1), **_contents(1))
-    server.server.stop()
+    server.stop()
     with pytest.raises(StorageError, match="check the URL, the credentials and the connection"):
         store.save(TrainState(step=2), **_contents(2))
     pending = store.save_async(TrainState(step=3), **_contents(3))
@@ -119,6 +147,9 @@ def test_a_lost_server_costs_the_save_and_not_the_run(server: Server) -> None:
         pending.result()
     with pytest.raises(StorageError):
         store.load_latest()
+    server.start()
+    store.save(TrainState(step=4), **_contents(4))
+    assert store.steps() == [1, 4]
 
 
 def _save_and_load(rank: int, world: int, environment: dict[str, str]) -> list[float]:

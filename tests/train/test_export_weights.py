@@ -34,7 +34,7 @@ def test_a_runs_checkpoint_gives_the_model_of_its_step(
     assert (
         run(["artifact", "export-weights", str(checkpoint), str(tmp_path / "out"), "--json"]) == 0
     )
-    result = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["model"] == str(tmp_path / "out")
     exported = open_artifact(tmp_path / "out", kind="model")
     assert exported.manifest.parents[0].uri == str(checkpoint)
