@@ -93,14 +93,14 @@ def measure_training(scratch: Path, steps: int) -> dict[str, Any]:
     run_dir = scratch / "run"
     step = statistics.median(line["seconds"] for line in read_metrics(run_dir / METRICS_FILE))
     events = read_metrics(run_dir / EVENTS_FILE)
-    saves = [line["seconds"] for line in events if line["kind"] == "checkpoint"]
-    measured |= {"step_seconds": step, "save_seconds": saves}
+    saves = [line["stall_seconds"] for line in events if line["kind"] == "checkpoint"]
+    measured |= {"step_seconds": step, "stall_seconds": saves}
     print(
         f"\ntraining 13.8M parameters: resident {measured['start_mib']:.0f} MiB at start, ", end=""
     )
     print(f"{measured['peak_mib']:.0f} MiB at the peak")
     share = statistics.median(saves) / step
-    print(f"checkpoint: {spread(saves)} s a save, {share:.2f} of a step of {step:.3f} s")
+    print(f"checkpoint: {spread(saves)} s of stall, {share:.2f} of a step of {step:.3f} s")
     return measured
 
 

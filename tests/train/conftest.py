@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from minigpt.core.config import from_mapping
 from minigpt.model.config import ModelConfig
 from minigpt.model.decoder import Decoder
 from minigpt.train.config import TrainConfig
+from minigpt.train.processes import Ranks
 
 ConfigFactory = Callable[..., TrainConfig]
 
@@ -63,3 +65,25 @@ def small_decoder() -> Decoder:
     model = Decoder(config)
     model.init_weights(torch.Generator().manual_seed(1))
     return model.double()
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    """Two processes in a gloo group, started once for all tests."""
+    with Ranks(2, timeout=120) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    """Four processes in a gloo group, started once for all tests."""
+    with Ranks(4, timeout=120) as ranks:
+        yield ranks
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -225,18 +225,20 @@ def test_a_corrupt_checkpoint_costs_only_the_steps_since_the_one_before(
 
 
 @pytest.mark.usefixtures("unlimited_files")
+@pytest.mark.parametrize("background", [True, False])
 def test_a_full_disk_costs_saves_but_not_the_run(
     make_config: ConfigFactory,
     dataset: Artifact,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
+    background: bool,
 ) -> None:
-    config = make_config(steps=16)
+    config = make_config(steps=16, checkpoint={"every": 4, "background": background})
     train(config, dataset, tmp_path / "whole")
     run = tmp_path / "run"
 
     def fill_and_free() -> None:
-        full = 5 <= _logged_steps(run) < 10
+        full = 5 <= _logged_steps(run) < 12
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000 if full else -1, -1))
 
     train(config, dataset, run, clock=WatchingClock(fill_and_free))

@@ -13,9 +13,9 @@ from minigpt.train.optimizer import Optimizer
 from minigpt.train.step import NonFiniteError, StepOptions, TrainStep
 
 
-def _step(model: Decoder, dtype: torch.dtype = torch.float64, **options: bool) -> TrainStep:
+def _step(model: Decoder, dtype: torch.dtype = torch.float64, compile: bool = False) -> TrainStep:
     optimizer = Optimizer(model, OptimizerConfig(lr=0.01, muon_lr=0.02))
-    return TrainStep(model, optimizer, StepOptions(48, dtype, clip_norm=1.0, **options))
+    return TrainStep(model, optimizer, StepOptions(48, dtype, clip_norm=1.0, compile=compile))
 
 
 def _batch(dataset: Path, rows: int, *, holes: bool = True) -> Batch:

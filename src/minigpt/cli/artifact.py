@@ -1,4 +1,4 @@
-"""`minigpt artifact`: verify, show and trace artifacts."""
+"""`minigpt artifact`: verify, show and trace artifacts; export a checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -42,6 +42,29 @@ def lineage_command(artifact: PathArgument, json: JsonOption = False) -> None:
     """Print what an artifact was made from, as far back as it can be found."""
     tree = lineage(open_artifact(artifact, verify=False))
     emit(_lineage_dict(tree), json=json, human=lambda: _print_lineage(tree))
+
+
+@app.command(
+    name="export-weights",
+    epilog="Example: minigpt artifact export-weights runs/a/checkpoints/step-00000100 out/model",
+)
+def export_weights_command(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's directory or URL.")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Where the model goes.")],
+    json: JsonOption = False,
+) -> None:
+    """Write a checkpoint's weights as a model; also while its run goes on."""
+    from minigpt.train.export_weights import export_weights
+
+    model = export_weights(checkpoint, out)
+    size = sum(entry.size for entry in model.manifest.files.values())
+    emit(
+        {"model": model.uri, "id": model.id, "bytes": size, "checkpoint": checkpoint},
+        json=json,
+        human=lambda: typer.echo(f"wrote {model.uri}: {size:,} bytes, id {model.id[:12]}"),
+    )
 
 
 def _print_manifest(uri: str, manifest: Manifest) -> None:

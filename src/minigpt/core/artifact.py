@@ -112,7 +112,7 @@ def create_artifact(
         with storage_errors(f"write {final}"):
             yield draft
             manifest = _seal(draft, kind, final.name, parents, config)
-            _commit(temporary, final)
+            commit_directory(temporary, final)
         if is_remote(uri):
             upload_directory(final, uri, last=MANIFEST)
         draft.artifact = Artifact(final, uri, manifest)
@@ -148,14 +148,19 @@ def is_artifact(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
-def verify_artifact(artifact: Artifact) -> None:
-    """Compare every file with its hash in the manifest.
+def verify_artifact(artifact: Artifact, *, part: int = 0, parts: int = 1) -> None:
+    """Compare files with their hashes in the manifest.
+
+    Args:
+        artifact: It.
+        part: Which share of the files to hash, where `parts` processes divide them up.
+        parts: Into how many shares.
 
     Raises:
         ArtifactError: A file is missing, truncated, changed, or not in the manifest.
     """
     _check_sizes(artifact.path, artifact.manifest)
-    for name, entry in artifact.manifest.files.items():
+    for name, entry in list(artifact.manifest.files.items())[part::parts]:
         if hash_file(artifact.path / name) != entry.sha256:
             raise ArtifactError(
                 f"{artifact.path / name} is corrupt: its SHA-256 is not the manifest's",
@@ -166,6 +171,32 @@ def verify_artifact(artifact: Artifact) -> None:
             raise ArtifactError(
                 f"{artifact.path / name} is not in the manifest", remedy="move it elsewhere"
             )
+
+
+def make_manifest(
+    kind: Kind,
+    name: str,
+    *,
+    files: Mapping[str, FileEntry],
+    tensors: Mapping[str, TensorEntry],
+    metrics: Mapping[str, Any],
+    parents: Iterable[Artifact | Parent],
+    config: Config | Mapping[str, Any] | None,
+) -> Manifest:
+    """Make the manifest, id and all, of files that are written and hashed."""
+    plain = config.model_dump(mode="json") if isinstance(config, Config) else dict(config or {})
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        kind=kind,
+        name=name,
+        parents=tuple(p.as_parent() if isinstance(p, Artifact) else p for p in parents),
+        config=plain,
+        files=dict(files),
+        tensors=dict(sorted(tensors.items())),
+        metrics=dict(metrics),
+        code=code_version(),
+    )
+    return manifest.model_copy(update={"id": manifest.computed_id()})
 
 
 @dataclass(frozen=True)
@@ -209,25 +240,22 @@ def _seal(
         files[file_name] = FileEntry(sha256=hash_file(path), size=path.stat().st_size)
         if path.suffix == ".safetensors":
             tensors |= hash_tensors(path)
-    plain = config.model_dump(mode="json") if isinstance(config, Config) else dict(config or {})
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        kind=kind,
-        name=name,
-        parents=tuple(p.as_parent() if isinstance(p, Artifact) else p for p in parents),
-        config=plain,
+    manifest = make_manifest(
+        kind,
+        name,
         files=files,
-        tensors=dict(sorted(tensors.items())),
+        tensors=tensors,
         metrics=draft.metrics,
-        code=code_version(),
+        parents=parents,
+        config=config,
     )
-    manifest = manifest.model_copy(update={"id": manifest.computed_id()})
     (draft.path / MANIFEST).write_bytes(manifest.to_json())
     sync_file(draft.path / MANIFEST)
     return manifest
 
 
-def _commit(temporary: Path, final: Path) -> None:
+def commit_directory(temporary: Path, final: Path) -> None:
+    """Rename a directory whose files are synced, so that it survives a power cut as a whole."""
     for directory in (d for d in temporary.rglob("*") if d.is_dir()):
         sync_directory(directory)
     sync_directory(temporary)

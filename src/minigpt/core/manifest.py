@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from minigpt.core.config import Config
 
@@ -33,9 +33,18 @@ class FileEntry(Config):
 class TensorEntry(Config):
     """One logical tensor, whatever file or shard holds it."""
 
-    sha256: str
+    sha256: str | None = None
+    """Over dtype, shape and bytes, where a file holds the tensor whole."""
+    fingerprint: str | None = None
+    """128 bits that are the same however it is cut (`train.tensor_hash`), in checkpoints."""
     dtype: str
     shape: tuple[int, ...]
+
+    @model_serializer(mode="wrap")
+    def _without_the_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the hash that is not there, so that a manifest's id covers what it has."""
+        tree: dict[str, Any] = handler(self)
+        return {key: value for key, value in tree.items() if value is not None}
 
 
 class Parent(Config):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import fsspec
 
-from minigpt.core.errors import StorageError
+from minigpt.core.errors import MinigptError, StorageError
 
 
 def is_remote(url: str | Path) -> bool:
@@ -41,6 +41,23 @@ def storage_errors(action: str) -> Iterator[None]:
         reason = os.strerror(error.errno) if error.errno else str(error)
         remedy = remedies.get(error.errno or 0, "")
         raise StorageError(f"can't {action}: {reason.lower()}", remedy=remedy) from error
+
+
+@contextmanager
+def remote_errors(action: str) -> Iterator[None]:
+    """Turn whatever a remote file system raises while doing `action` into a `StorageError`.
+
+    Each client library has errors of its own besides `OSError`.
+    """
+    try:
+        yield
+    except MinigptError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise StorageError(
+            f"can't {action}: {reason}", remedy="check the URL, the credentials and the connection"
+        ) from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -80,10 +97,10 @@ def sync_directory(path: Path) -> None:
 
 def upload_directory(source: Path, url: str, *, last: str) -> None:
     """Copy a directory to a URL, the file `last` at the very end as the mark of completeness."""
-    filesystem, root = fsspec.core.url_to_fs(url)
     names = sorted(str(p.relative_to(source)) for p in source.rglob("*") if p.is_file())
     names.remove(last)
-    with storage_errors(f"write {url}"):
+    with remote_errors(f"write {url}"):
+        filesystem, root = fsspec.core.url_to_fs(url)
         for name in [*names, last]:
             target = f"{root.rstrip('/')}/{name}"
             filesystem.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
@@ -96,9 +113,9 @@ def download_directory(url: str, destination: Path, *, last: str) -> None:
     Raises:
         StorageError: `url` holds no file `last`, or can't be read.
     """
-    filesystem, root = fsspec.core.url_to_fs(url)
-    root = root.rstrip("/")
-    with storage_errors(f"read {url}"):
+    with remote_errors(f"read {url}"):
+        filesystem, root = fsspec.core.url_to_fs(url)
+        root = root.rstrip("/")
         if not filesystem.exists(f"{root}/{last}"):
             raise StorageError(f"{url} holds no {last}", remedy="check the URL")
         temporary = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp")

@@ -141,7 +141,8 @@ def save_model(
     with storage_errors(f"write {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
         if tokenizer_dir is not None:
-            _copy_tokenizer(Path(tokenizer_dir), directory)
+            for file in tokenizer_files(Path(tokenizer_dir)):
+                shutil.copyfile(file, directory / file.name)
         text = json.dumps(tree, indent=2) + "\n"
         (directory / CONFIG).write_text(text, encoding="utf-8")
     write_tensors(directory, tensors, max_shard_bytes)
@@ -169,6 +170,20 @@ def check_vocab(config: ModelConfig, tokenizer_vocab_size: int) -> None:
             f"vocabulary of {rows}",
             remedy=remedy,
         )
+
+
+def tokenizer_files(source: Path) -> list[Path]:
+    """Return the files of the tokenizer in a directory.
+
+    Raises:
+        ModelError: None is there.
+    """
+    if not (source / "tokenizer.json").is_file() and not (source / "merges.txt").is_file():
+        raise ModelError(
+            f"no tokenizer at {source}: neither tokenizer.json nor merges.txt is there",
+            remedy="give a tokenizer artifact or a Hugging Face directory",
+        )
+    return [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
 
 
 def _read_json(directory: Path, name: str) -> dict[str, Any]:
@@ -274,17 +289,6 @@ def _listing(names: list[str]) -> str:
 def _dtype_name(tensors: Iterable[Tensor]) -> str:
     floating = next(t.dtype for t in tensors if t.is_floating_point())
     return str(floating).removeprefix("torch.")
-
-
-def _copy_tokenizer(source: Path, directory: Path) -> None:
-    if not (source / "tokenizer.json").is_file() and not (source / "merges.txt").is_file():
-        raise ModelError(
-            f"no tokenizer at {source}: neither tokenizer.json nor merges.txt is there",
-            remedy="give a tokenizer artifact or a Hugging Face directory",
-        )
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
 
 
 def _content_hash(files: list[Path]) -> str:

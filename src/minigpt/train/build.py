@@ -7,7 +7,7 @@ import json
 import math
 import os
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,24 +17,30 @@ from minigpt.core.errors import DataError, TrainingError
 from minigpt.core.machine import usable_cores
 from minigpt.core.manifest import Parent
 from minigpt.core.telemetry import get_logger
-from minigpt.data.loader import BatchLoader
+from minigpt.data.loader import Batch, BatchLoader
 from minigpt.data.shards import TokenDataset
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.model.config import ModelConfig
 from minigpt.model.decoder import Decoder
-from minigpt.model.weights import DTYPES, LoadedModel, check_vocab, load_model
+from minigpt.model.weights import LoadedModel, check_vocab, load_model
 from minigpt.train.allocator import keep_freed_memory
-from minigpt.train.config import TrainConfig
+from minigpt.train.config import MeshConfig, TrainConfig
+from minigpt.train.low_bit import check_state_bits
 from minigpt.train.machine import (
+    available_memory,
     choose_device,
     has_compiler,
     has_fast_bfloat16,
     measured_peak,
 )
-from minigpt.train.mesh import Mesh
+from minigpt.train.memory import check_fits, describe_workload, layers_to_recompute
+from minigpt.train.mesh import AXES, Mesh, check_model
 from minigpt.train.optimizer import Optimizer
+from minigpt.train.parallelize import check_compression, gathered, spread
+from minigpt.train.precision import check_offload, check_precision, product_dtype, use_float8
 from minigpt.train.resolve import Facts, Resolved, resolve, with_steps
 from minigpt.train.step import NonFiniteError, StepOptions, TrainStep
+from minigpt.train.tree import check_tree
 from minigpt.train.validation import Validator
 
 _HEAP_BYTES = 4 << 30  # address space, not memory
@@ -90,7 +96,8 @@ def open_sources(config: TrainConfig, dataset: Artifact) -> Sources:
 
 def use_machine(config: TrainConfig) -> None:
     """Set, for the whole process, what decides the bits of a result: threads, kernels."""
-    torch.set_num_threads(config.threads if config.threads != "auto" else usable_cores())
+    share = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(config.threads if config.threads != "auto" else share)
     if choose_device(config.device) == "cpu":
         keep_freed_memory(_HEAP_BYTES)
     else:
@@ -99,8 +106,16 @@ def use_machine(config: TrainConfig) -> None:
 
 
 def resolve_for(config: TrainConfig, sources: Sources) -> Resolved:
-    """Resolve a recipe on this machine; call `use_machine` first."""
+    """Resolve a recipe on this machine; call `use_machine` first.
+
+    Raises:
+        ConfigError: Values that can't work together, or not on this machine.
+    """
     device = choose_device(config.device)
+    check_precision(config.precision, device)
+    check_offload(config, device)
+    check_state_bits(config, has_compiler(device))
+    check_compression(config.mesh.compress, device)
     fast = has_fast_bfloat16(device)
     precision = config.precision
     if precision == "auto":
@@ -114,10 +129,52 @@ def resolve_for(config: TrainConfig, sources: Sources) -> Resolved:
         fast_bfloat16=fast,
         compiler=has_compiler(device),
         threads=torch.get_num_threads(),
-        peak_flops=measured_peak(device, DTYPES[precision]),
+        peak_flops=measured_peak(device, product_dtype(precision)),
         model=sources.initial.config if sources.initial else None,
     )
-    return resolve(config, facts)
+    resolved = resolve(config, facts)
+    check_mesh(resolved.config, resolved.model)
+    fixed = _fix_recomputation(resolved.config, resolved.model)
+    check_fits(fixed, resolved.model, available_memory(device))
+    return replace(resolved, config=fixed)
+
+
+def _fix_recomputation(config: TrainConfig, model: ModelConfig) -> TrainConfig:
+    """Turn a budget for activations into a number of layers."""
+    memory = config.memory
+    if memory.checkpoint_layers != "auto" or memory.budget_mb is None:
+        return config
+    layers = layers_to_recompute(describe_workload(config, model), memory.budget_mb * 10**6)
+    return config.replace(memory=memory.replace(checkpoint_layers=layers))
+
+
+def check_mesh(config: TrainConfig, model: ModelConfig) -> None:
+    """Refuse a mesh that a resolved config's model and batch can't be spread over.
+
+    Raises:
+        ConfigError: See `mesh.check_model` and `tree.check_tree`.
+    """
+    batch = config.batch
+    assert isinstance(batch.sequence_length, int)
+    count = micro_batches(config)
+    check_model(config.mesh, model, micro_batches=count, sequence_length=batch.sequence_length)
+    if config.mesh.reduce == "tree":
+        check_tree(count, config.mesh.data_size)
+
+
+def micro_batches(config: TrainConfig) -> int:
+    """Return how many micro-batches a resolved config's global batch has, over all ranks."""
+    batch = config.batch
+    assert isinstance(batch.tokens_per_step, int) and isinstance(batch.sequence_length, int)
+    assert isinstance(batch.micro_batch_size, int)
+    return batch.tokens_per_step // (batch.sequence_length * batch.micro_batch_size)
+
+
+def take_batches(loader: BatchLoader, mesh: Mesh, count: int) -> list[Batch]:
+    """Move a loader past a global batch of `count` micro-batches; return this data rank's."""
+    first = loader.next_sample
+    loader.next_sample += count * loader.batch_size
+    return [loader.batch_at(first + m * loader.batch_size) for m in mesh.micro_batches(count)]
 
 
 @dataclass
@@ -125,16 +182,33 @@ class Build:
     """A run's parts, at step 0."""
 
     model: Decoder
+    """Spread over the mesh: its parameters may be shards."""
     optimizer: Optimizer
     step: TrainStep
     loader: BatchLoader
     validator: Validator
+    mesh: Mesh
+
+    def whole_model(self) -> Decoder:
+        """Return a model that one device can run and save; every rank must join.
+
+        The model itself where it is whole on each rank, else a copy, see `parallelize.gathered`.
+        """
+        return self.model if self.mesh.size(*AXES) == self.mesh.size("dp") else gathered(self.model)
 
 
 def build(
     config: TrainConfig, model_config: ModelConfig, sources: Sources, mesh: Mesh | None = None
 ) -> Build:
-    """Make the parts of a resolved config; equal configs give equal bits."""
+    """Make the parts of a resolved config; equal configs give equal bits.
+
+    Args:
+        config: Without "auto", `steps` aside.
+        model_config: The architecture.
+        sources: What the run reads.
+        mesh: The processes of the run, which all call this; None is this one alone.
+    """
+    mesh = mesh or Mesh(MeshConfig())
     batch = config.batch
     assert isinstance(batch.sequence_length, int) and isinstance(batch.micro_batch_size, int)
     assert isinstance(batch.loss_chunk_tokens, int) and isinstance(config.compile, bool)
@@ -150,22 +224,28 @@ def build(
     else:
         model.init_weights(torch.Generator().manual_seed(config.seed))
     model.to(config.device)
+    dtype = product_dtype(config.precision)
+    if config.precision == "float8":
+        use_float8(model)
+    laid = spread(model, mesh, dtype=dtype, offload=config.memory.offload_optimizer)
     optimizer = Optimizer(model, config.optimizer)
     options = StepOptions(
         chunk_tokens=batch.loss_chunk_tokens,
-        dtype=DTYPES[config.precision],
+        dtype=dtype,
         clip_norm=config.optimizer.clip_norm,
         compile=config.compile,
+        memory=config.memory,
     )
     validator = Validator(
         sources.validation,
         sources.tokenizer,
         config.validation,
         context_length=batch.sequence_length,
-        dtype=config.precision,
+        dtype=str(dtype).removeprefix("torch."),
         seed=config.seed,
     )
-    return Build(model, optimizer, TrainStep(model, optimizer, options, mesh), loader, validator)
+    step = TrainStep(model, optimizer, options, spread=laid)
+    return Build(model, optimizer, step, loader, validator, mesh)
 
 
 def fit_minutes(config: TrainConfig, parts: Build, clock: Clock, started: float) -> TrainConfig:
@@ -181,31 +261,37 @@ def fit_minutes(config: TrainConfig, parts: Build, clock: Clock, started: float)
     log = get_logger("train")
     log.info("measuring the speed of a step", compile=config.compile)
     budget = 60 * config.minutes
-    rows = parts.loader.batch_size * parts.loader.sequence_length
-    accumulation = config.batch.tokens_per_step // rows
     initial = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
     cursor = parts.loader.state()
-    step_seconds = _time_steps(parts, accumulation, _MEASURE_SHARE * budget, clock)
+    step_seconds = _time_steps(parts, micro_batches(config), _MEASURE_SHARE * budget, clock)
     parts.model.load_state_dict(initial)
     parts.optimizer.load_state_dict({})
     parts.loader.load_state(cursor)
     begin = clock.monotonic()
-    parts.validator.score(parts.model)
+    parts.validator.score(parts.whole_model())
     now = clock.monotonic()
     # Ten validations by default; the rest of the reserve is for saves.
     left = (1 - _RESERVE) * budget - (now - started) - 10 * (now - begin)
-    steps = max(1, int(left / step_seconds))
+    steps = max(1, int(_mean_over_ranks(left / step_seconds, parts.mesh)))
     log.info("fitted to the time", minutes=config.minutes, steps=steps, step_seconds=step_seconds)
     return with_steps(config, steps)
 
 
-def _time_steps(parts: Build, accumulation: int, seconds: float, clock: Clock) -> float:
+def _mean_over_ranks(value: float, mesh: Mesh) -> float:
+    """Make ranks, whose clocks differ, agree on a number."""
+    total = torch.tensor(value, dtype=torch.float64, device=mesh.device_type)
+    return float(mesh.sum(total, *AXES)) / mesh.size(*AXES)
+
+
+def _time_steps(parts: Build, count: int, seconds: float, clock: Clock) -> float:
     """Return the median duration of steps run for about `seconds`, after one that warms up."""
     least, most = _MEASURE_STEPS
     durations: list[float] = []
     deadline = math.inf
-    while len(durations) < least or (len(durations) < most and clock.monotonic() < deadline):
-        batches = [parts.loader.next_batch() for _ in range(accumulation)]
+    while len(durations) < least or (
+        len(durations) < most and _mean_over_ranks(clock.monotonic() - deadline, parts.mesh) < 0
+    ):
+        batches = take_batches(parts.loader, parts.mesh, count)
         begin = clock.monotonic()
         try:
             parts.step.run(batches, 0.01)

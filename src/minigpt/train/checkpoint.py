@@ -1,33 +1,40 @@
 """Checkpoints: everything a run needs to go on bit for bit, saved whole or not at all.
 
-A checkpoint is an artifact (kind `checkpoint`) at `checkpoints/step-00000100` with
-`model.safetensors` (float32 weights), `optimizer.safetensors`, `rng.safetensors` and
-`state.json`. No pickle: loading runs no code.
+A checkpoint is an artifact (kind `checkpoint`) at `checkpoints/step-00000100`: the ranks' shards
+of weights, optimizer state and random generators, `state.json`, and what else makes the weights a
+model. See `checkpoint_storage` for the files, `checkpoint_location` for the places.
 """
 
 from __future__ import annotations
 
 import json
-import random
-import re
-import shutil
+import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minigpt.core.artifact import Artifact, create_artifact, open_artifact
+from minigpt.core.artifact import Artifact, make_manifest, open_artifact, verify_artifact
 from minigpt.core.errors import ArtifactError, StorageError
-from minigpt.core.manifest import Parent
+from minigpt.core.manifest import FileEntry, Manifest, Parent
 from minigpt.core.telemetry import get_logger
+from minigpt.train.checkpoint_chunks import Chunk, Stage, State, view
+from minigpt.train.checkpoint_load import load_tensors
+from minigpt.train.checkpoint_location import open_location
+from minigpt.train.checkpoint_storage import INDEX, Sealed, save_chunks
+from minigpt.train.ranks import Ranks
+from minigpt.train.rng import capture_generators, restore_generators
 
-_NAME = re.compile(r"step-(\d{8,})")
+STATE = "state.json"
+MODEL_DIRECTORY = "model"
+_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass
@@ -57,166 +64,308 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded, verified checkpoint."""
+    """A loaded, verified checkpoint, as this rank holds it."""
 
     artifact: Artifact
     state: TrainState
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     rng: dict[str, Tensor]
-    python_rng: list[Any]
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What rank 0 writes besides tensors; taken when the save began."""
+
+    state: dict[str, Any]
+    parents: tuple[Parent, ...]
+    metrics: dict[str, Any]
+
+
+class PendingSave:
+    """A save that goes on in the background."""
+
+    def __init__(self, state: TrainState, stall_seconds: float, future: Future[Artifact]) -> None:
+        self.state = state
+        """What is being saved."""
+        self.stall_seconds = stall_seconds
+        """How long training stood still for it."""
+        self._future = future
+
+    @property
+    def step(self) -> int:
+        """The step that is being saved."""
+        return self.state.step
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` would return, or raise, at once."""
+        return self._future.done()
+
+    def result(self) -> Artifact:
+        """Wait for the end of the save.
+
+        Raises:
+            StorageError: Full disk or the like; no other checkpoint has been touched.
+        """
+        return self._future.result()
 
 
 class CheckpointStore:
-    """The checkpoints of one run; the caller holds the run's lock."""
+    """The checkpoints of one run; the caller holds the run's lock.
 
-    def __init__(self, directory: Path, *, keep: int) -> None:
-        """Keep the latest `keep` below `directory`, and the best."""
-        self._directory = directory
+    With a process group every rank makes one, and makes the same calls in the same order.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        model_files: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Open the place and clear what a killed writer left there.
+
+        Args:
+            directory: A directory that all ranks share, or any fsspec URL.
+            keep: Latest checkpoints to keep; the best is kept besides.
+            keep_every: Keep each checkpoint whose step is a multiple for good; 0 keeps none so.
+            model_files: Content of config.json and the tokenizer's files, by name, put into each
+                checkpoint so that its weights can be exported from it alone.
+        """
+        self._ranks = Ranks.of_the_world(timeout=_TIMEOUT)
+        self._location = open_location(directory)
         self._keep = keep
+        self._keep_every = keep_every
+        self._model_files = dict(model_files or {})
         self._log = get_logger("train")
-        # A killed writer or remover leaves these; nobody else can be at work here.
-        for leftover in directory.glob(".step-*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._stage = Stage()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[Artifact] | None = None
+        self._last: tuple[int, Artifact] | None = None
+        self.save_seconds: list[float] = []
+        """How long each save took that succeeded, waiting in the background included."""
+        # Nobody else can be at work here.
+        self._ranks.on_first(self._location.clean)
 
     def steps(self) -> list[int]:
         """List the steps that have a checkpoint, ascending."""
-        found = (_NAME.fullmatch(path.name) for path in self._directory.glob("step-*"))
-        return sorted(int(match[1]) for match in found if match)
+        return self._location.steps()
 
     def path(self, step: int) -> Path:
-        """Return where a step's checkpoint is or would be."""
-        return self._directory / f"step-{step:08d}"
+        """Return where a step's checkpoint is or would be; a remote one while it is loaded."""
+        return self._location.path(step)
 
     def open(self, step: int) -> Artifact:
         """Open a step's checkpoint without hashing it again."""
-        return open_artifact(self.path(step), kind="checkpoint", verify=False)
+        if self._last is not None and self._last[0] == step:
+            return self._last[1]
+        return open_artifact(self._location.uri(step), kind="checkpoint", verify=False)
 
     def save(
         self,
         state: TrainState,
         *,
-        model: Mapping[str, Tensor],
-        optimizer: Mapping[str, Tensor],
+        model: State,
+        optimizer: State,
         parents: Iterable[Artifact | Parent],
     ) -> Artifact:
         """Write the checkpoint of `state.step` with the current RNG states, then drop old ones.
 
+        Waits for a save in the background first. Tensors on the host are written as they lie,
+        without a copy.
+
         Raises:
             StorageError: Full disk or the like; no other checkpoint has been touched.
         """
-        rng, python_rng = _capture_rng()
-        metrics = {"loss": state.loss, **state.validation}
-        with create_artifact(
-            self.path(state.step),
-            kind="checkpoint",
-            parents=parents,
-            config={"step": state.step, "tokens": state.tokens},
-        ) as draft:
-            _write(draft.path / "model.safetensors", model)
-            _write(draft.path / "optimizer.safetensors", optimizer)
-            _write(draft.path / "rng.safetensors", rng)
-            content = {"state": asdict(state), "python_rng": python_rng}
-            (draft.path / "state.json").write_text(json.dumps(content))
-            draft.metrics = {key: value for key, value in metrics.items() if value is not None}
-        assert draft.artifact is not None
-        self._prune(best=state.best_step)
-        return draft.artifact
+        self._settle()
+        return self._write(view(self._named(model, optimizer)), _record(state, parents))
 
-    def load_latest(self) -> Checkpoint | None:
+    def save_async(
+        self,
+        state: TrainState,
+        *,
+        model: State,
+        optimizer: State,
+        parents: Iterable[Artifact | Parent],
+    ) -> PendingSave:
+        """Like `save`, but return when all is copied: the tensors may change from then on.
+
+        At most one save is under way: waits for the one before, whose error is for its own
+        `PendingSave` to raise. The end of the process waits for the last one.
+        """
+        begin = time.perf_counter()
+        self._settle()
+        chunks = self._stage.copy(self._named(model, optimizer))
+        self._pending = self._executor.submit(self._write, chunks, _record(state, parents))
+        return PendingSave(state, time.perf_counter() - begin, self._pending)
+
+    def wait(self) -> None:
+        """Wait for the save under way.
+
+        Raises:
+            StorageError: It failed.
+        """
+        if self._pending is not None:
+            self._pending.result()
+
+    def close(self) -> None:
+        """Wait for the save under way, however it ends; call before the process group goes."""
+        self._settle()
+        self._executor.shutdown()
+
+    def load_latest(self, layout: State | None = None) -> Checkpoint | None:
         """Load the newest checkpoint that is whole; set corrupt ones aside with a warning.
+
+        All ranks agree on which that is. Every file and every tensor, as loaded, is compared
+        with its hash. With the number of ranks that saved, each rank gets its own random
+        generators back; with another, rank r those of saved rank r modulo that number.
+
+        Args:
+            layout: This rank's tensors of the model: names, shapes and placements to load the
+                weights and their optimizer state in. Values are not touched. None loads every
+                tensor whole.
 
         Returns:
             None where the run has no checkpoint yet.
 
         Raises:
             ArtifactError: There are checkpoints, but every one is corrupt.
+            ModelError: The newest one is of another model than `layout`.
         """
-        steps = self.steps()
+        self._settle()
+        steps = self._ranks.on_first(self._location.steps)
         for step in reversed(steps):
             try:
-                return _load(self.path(step))
+                return self._load(step, layout)
             except ArtifactError as error:
-                aside = self._set_aside(step)
-                self._log.warning(
-                    "corrupt checkpoint set aside", reason=str(error), moved_to=str(aside)
-                )
+                aside = self._ranks.on_first(partial(self._location.set_aside, step))
+                if self._ranks.is_first:
+                    self._log.warning(
+                        "corrupt checkpoint set aside", reason=str(error), moved_to=aside
+                    )
         if steps:
             raise ArtifactError(
-                f"every checkpoint in {self._directory} is corrupt",
+                f"every checkpoint in {self._location.uri(0).rpartition('/')[0]} is corrupt",
                 remedy="restore one from a copy, or run the same command again to start over",
             )
         return None
 
-    def _set_aside(self, step: int) -> Path:
-        aside = self._directory / f"corrupt-{self.path(step).name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        return self.path(step).rename(aside)
+    def discard_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which a run that went back will save anew."""
+        self._settle()
+
+        def remove() -> None:
+            for later in self.steps():
+                if later > step:
+                    self._location.remove(later)
+
+        self._ranks.on_first(remove)
+
+    def _settle(self) -> None:
+        if self._pending is not None:
+            wait([self._pending])
+
+    def _named(self, model: State, optimizer: State) -> dict[str, Tensor]:
+        rng = {f"{self._ranks.rank:05d}/{k}": v for k, v in capture_generators().items()}
+        sections = {"model": model, "optimizer": optimizer, "rng": rng}
+        return {f"{s}/{name}": t for s, part in sections.items() for name, t in part.items()}
+
+    def _write(self, chunks: Mapping[str, Chunk], record: _Record) -> Artifact:
+        begin, step = time.perf_counter(), record.state["step"]
+        manifests: list[Manifest] = []
+
+        def commit(place: str, sealed: Sealed) -> None:
+            manifests.append(self._commit(place, sealed, record))
+
+        try:
+            save_chunks(chunks, self._location, step, commit, self._ranks)
+            manifest = self._ranks.on_first(lambda: manifests[0])
+        except BaseException as error:
+            if self._ranks.is_first:
+                with suppress(StorageError):
+                    self._location.clean()
+            if isinstance(error, RuntimeError) and self._ranks.size > 1:
+                # gloo's word for a lost connection
+                raise StorageError(f"can't save step {step}: a rank is gone: {error}") from error
+            raise
+        if self._ranks.is_first:
+            self._prune(best=record.state["best_step"])
+        artifact = Artifact(self._location.path(step), self._location.uri(step), manifest)
+        self._last = step, artifact
+        self.save_seconds.append(time.perf_counter() - begin)
+        return artifact
+
+    def _commit(self, place: str, sealed: Sealed, record: _Record) -> Manifest:
+        step = record.state["step"]
+        contents = {
+            INDEX: json.dumps(sealed.index.model_dump(mode="json")).encode(),
+            STATE: json.dumps({"state": record.state}).encode(),
+        }
+        contents |= {f"{MODEL_DIRECTORY}/{name}": c for name, c in self._model_files.items()}
+        files = dict(sealed.files)
+        for name, content in contents.items():
+            with self._location.writable(place, name) as file:
+                file.write(content)
+            files[name] = FileEntry(sha256=sha256(content).hexdigest(), size=len(content))
+        manifest = make_manifest(
+            "checkpoint",
+            self._location.path(step).name,
+            files=files,
+            tensors=sealed.tensors,
+            metrics=record.metrics,
+            parents=record.parents,
+            config={"step": step, "tokens": record.state["tokens"]},
+        )
+        self._location.commit(place, step, manifest)
+        return manifest
 
     def _prune(self, *, best: int | None) -> None:
-        for step in self.steps()[: -self._keep]:
-            if step == best:
-                continue
-            # Renamed first: a kill in the middle never leaves half a checkpoint by its name.
-            doomed = self._directory / f".{self.path(step).name}.old.tmp"
-            try:
-                self.path(step).rename(doomed)
-            except OSError as error:
-                self._log.warning("can't remove old checkpoint", step=step, reason=str(error))
-                continue
-            shutil.rmtree(doomed, ignore_errors=True)
+        try:
+            for step in self.steps()[: -self._keep]:
+                if step != best and not (self._keep_every and step % self._keep_every == 0):
+                    self._location.remove(step)
+        except StorageError as error:
+            self._log.warning("can't remove old checkpoint", reason=str(error))
+
+    def _load(self, step: int, layout: State | None) -> Checkpoint:
+        ranks, location = self._ranks, self._location
+        fetches = ranks.is_first_on_host
+        ranks.together(lambda: location.fetch(step) if fetches else None)
+        try:
+            artifact = ranks.together(lambda: self._verified(step))
+            state = ranks.together(lambda: _read_state(artifact))
+            found = load_tensors(artifact, layout, ranks)
+        finally:  # all ranks are done: what ended it for one ended it for all
+            if fetches:
+                location.release(step)
+        self._last = step, artifact
+        return Checkpoint(artifact, state, found["model"], found["optimizer"], found["rng"])
+
+    def _verified(self, step: int) -> Artifact:
+        found = open_artifact(self.path(step), kind="checkpoint", verify=False)
+        verify_artifact(found, part=self._ranks.rank, parts=self._ranks.size)
+        return Artifact(found.path, self._location.uri(step), found.manifest)
 
 
 def restore_rng(checkpoint: Checkpoint) -> None:
     """Set torch's, numpy's and Python's global generators as they were at the save."""
-    version, internal, gauss = checkpoint.python_rng
-    random.setstate((version, tuple(internal), gauss))
-    position, has_gauss = checkpoint.rng["numpy_position"].tolist()
-    gauss_value = float(checkpoint.rng["numpy_gauss"])
-    keys = checkpoint.rng["numpy_keys"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, position, has_gauss, gauss_value))
-    torch.set_rng_state(checkpoint.rng["torch_cpu"].clone())
-    if torch.cuda.is_available() and "torch_cuda" in checkpoint.rng:
-        torch.cuda.set_rng_state(checkpoint.rng["torch_cuda"].clone())
+    restore_generators(checkpoint.rng)
 
 
-def _capture_rng() -> tuple[dict[str, Tensor], list[Any]]:
-    state = np.random.get_state(legacy=True)
-    assert isinstance(state, tuple)
-    _, keys, position, has_gauss, gauss = state
-    rng = {
-        "torch_cpu": torch.get_rng_state(),
-        "numpy_keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-        "numpy_position": torch.tensor([position, has_gauss]),
-        "numpy_gauss": torch.tensor(gauss, dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        rng["torch_cuda"] = torch.cuda.get_rng_state()
-    return rng, list(random.getstate())
+def _record(state: TrainState, parents: Iterable[Artifact | Parent]) -> _Record:
+    metrics = {"loss": state.loss, **state.validation}
+    return _Record(
+        asdict(state),
+        tuple(p.as_parent() if isinstance(p, Artifact) else p for p in parents),
+        {key: value for key, value in metrics.items() if value is not None},
+    )
 
 
-def _load(path: Path) -> Checkpoint:
-    artifact = open_artifact(path, kind="checkpoint")
+def _read_state(artifact: Artifact) -> TrainState:
+    path = artifact.path / STATE
     try:
-        content = json.loads((path / "state.json").read_text())
-        state = TrainState(**content["state"])
-        return Checkpoint(
-            artifact,
-            state,
-            load_file(path / "model.safetensors"),
-            load_file(path / "optimizer.safetensors"),
-            load_file(path / "rng.safetensors"),
-            content["python_rng"],
-        )
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        return TrainState(**json.loads(path.read_bytes())["state"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{path} can't be read: {error}") from None
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(plain, path)
-    except SafetensorError as error:  # what the library makes of a full disk
-        raise StorageError(
-            f"can't write {path}: {error}", remedy="free space there or choose another directory"
-        ) from error

@@ -95,6 +95,8 @@ class OptimizerConfig(Config):
     """Decoupled decay of matrices; embeddings, norms and biases are not decayed."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
     """Muon's momentum (Nesterov)."""
+    state_bits: Literal[8, 32] = 32
+    """Of AdamW's two moments: 8 keeps them as block-wise quantized bytes, by torchao."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest norm of the whole gradient; null never clips."""
 
@@ -132,6 +134,13 @@ class CheckpointConfig(Config):
     """Steps between saves; 0 only at the end; auto is that of the validation."""
     keep: int = Field(default=2, ge=1)
     """Latest checkpoints to keep; the best one by validation is kept besides."""
+    keep_every: CountOrZero = 0
+    """Checkpoints whose step is a multiple of this are kept for good; 0 keeps none so."""
+    background: bool = True
+    """Write while training goes on; false waits for the end of each save."""
+    url: str = ""
+    """Where checkpoints go: a directory or a URL such as s3://bucket/run; empty is
+    `<run-dir>/checkpoints`."""
 
 
 class TrackersConfig(Config):
@@ -256,6 +265,40 @@ class MeshConfig(Config):
         return self
 
 
+class MemoryConfig(Config):
+    """What is kept in the device's memory, and what is computed again or kept elsewhere."""
+
+    checkpoint: Literal["none", "full", "selective", "budget"] = "none"
+    """Activation checkpointing: full computes each layer's forward pass again in the backward
+    pass; selective all but its matrix products; budget as many layers as `budget_mb` asks for."""
+    budget_mb: Count | None = None
+    """With checkpoint = budget: megabytes that a micro-batch's activations may take on a rank."""
+    checkpoint_layers: CountOrZero | Auto = "auto"
+    """With checkpoint = budget: layers computed again, from the first; auto follows from
+    budget_mb by the estimate."""
+    offload_activations: bool = False
+    """Keep activations in the CPU's memory between forward and backward pass; cuda only."""
+    offload_optimizer: bool = False
+    """With mesh.fsdp: keep weights' shards and optimizer state in the CPU's memory and update them
+    there; cuda only."""
+    limit_mb: Count | Auto = "auto"
+    """Megabytes a rank may use by the estimate before the start; auto is what the device has."""
+    check: bool = True
+    """Refuse a run that can't fit by the estimate; false only warns."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = self.budget_mb is not None or self.checkpoint_layers != "auto"
+        if self.checkpoint == "budget" and not given:
+            raise ValueError("memory.checkpoint = budget needs memory.budget_mb")
+        if self.checkpoint != "budget" and given:
+            raise ValueError(
+                f"memory.budget_mb and checkpoint_layers are for memory.checkpoint = budget, not "
+                f"{self.checkpoint}"
+            )
+        return self
+
+
 class TrainConfig(Config):
     """A training run. "auto" is derived and printed; every value can be given instead."""
 
@@ -284,10 +327,13 @@ class TrainConfig(Config):
     """Learning rate over the steps."""
     mesh: MeshConfig = MeshConfig()
     """The processes of the run, as `mesh: {dp: 2, tp: 2}`."""
+    memory: MemoryConfig = MemoryConfig()
+    """Activation checkpointing, offload, and the check that the run fits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where there is one."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products (weights stay float32); auto is bfloat16 where the hardware has it."""
+    precision: Literal["auto", "float32", "bfloat16", "float16", "float8"] = "auto"
+    """Of matrix products (weights stay float32); auto is bfloat16 where the hardware has it.
+    float16 scales the loss and needs a GPU; float8 a GPU of the Hopper generation, and torchao."""
     compile: bool | Auto = "auto"
     """Use torch.compile; auto does for runs long enough to win back its 20-60 s."""
     threads: Count | Auto = "auto"

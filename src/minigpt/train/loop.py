@@ -8,10 +8,10 @@ go through the same decisions: what may differ between them is voted on.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,7 +23,7 @@ from minigpt.core.telemetry import get_logger
 from minigpt.data.loader import Batch
 from minigpt.train.anomaly import Action
 from minigpt.train.build import Build
-from minigpt.train.checkpoint import TrainState
+from minigpt.train.checkpoint import PendingSave, TrainState
 from minigpt.train.config import TrainConfig
 from minigpt.train.context import Member, Outputs, Speedometer
 from minigpt.train.emergency import DEFAULT_GRACE_SECONDS, EmergencySave, patience_seconds
@@ -75,6 +75,8 @@ class TrainLoop:
         """Held while parameters or position change, or are written down."""
         self._meeting = Meeting(member.world)
         self._own_finite = True
+        self._pending: PendingSave | None = None
+        self._pending_phases: Mapping[str, float] = {}
         self._failed_at = member.history.failed_at
         self._tokens_per_step = config.batch.tokens_per_step
         rows = parts.loader.batch_size * parts.loader.sequence_length
@@ -108,6 +110,7 @@ class TrainLoop:
             ) as stop:
                 return self._run(stop)
         finally:
+            self._finish_save()
             self._out.display.end()
 
     def _take_up(self) -> None:
@@ -122,6 +125,8 @@ class TrainLoop:
     def _run(self, stop: StopRequest) -> Artifact:
         signum = 0
         while True:
+            if self._pending is not None and self._pending.done:
+                self._finish_save()
             if self._is_validation_due():
                 signum = signum or self._heard(stop)
                 if signum:
@@ -187,7 +192,7 @@ class TrainLoop:
                 phases=self._progress.seconds(),
             )
         self._after_step()
-        if decision.save and self._saves.saved_step != self.state.step:
+        if decision.save and self._saves.begun_step != self.state.step:
             self._try_save()
         return decision.signum
 
@@ -247,6 +252,7 @@ class TrainLoop:
     def _roll_back(self, reason: str, *, skip_data: bool) -> None:
         """Go back to the last good checkpoint; leave out the data since the first bad step."""
         at = self.state.step + 1
+        self._finish_save()
         if not self._world.from_first(self._out.store.steps):
             raise TrainingError(
                 f"step {at}: {reason}, and there is no checkpoint to roll back to",
@@ -263,7 +269,7 @@ class TrainLoop:
         spent = self._progress.seconds()
         with self._changing:
             self.state = self._member.restore()
-            self._saves.saved_step = self.state.step
+            self._saves.begun_step = self._saves.saved_step = self.state.step
             self._take_up()
         self._report.alarm(
             "rollback",
@@ -319,55 +325,84 @@ class TrainLoop:
     def _validate(self) -> None:
         self._progress.enter("validate")
         begin = self._clock.monotonic()
-        result = self._parts.validator.score(self._parts.model)
+        model = self._parts.whole_model()
+        result = self._parts.validator.score(model)
+        if self._saves.begun_step == self.state.step:
+            self._finish_save()
         with self._changing:
             self.state.validated_step = self.state.step
             if result is None:
                 return
             self.state.validation = asdict(result)
-            if self._saves.saved_step == self.state.step:  # saved by a stop before validated
+            if self._saves.begun_step == self.state.step:  # saved by a stop before validated
                 self.state = self._with_best()
         seconds = self._clock.monotonic() - begin
         line = self._report.event("validation", self.state.step, **asdict(result), seconds=seconds)
-        sample = self._parts.validator.sample(self._parts.model, self.state.step)
+        sample = self._parts.validator.sample(model, self.state.step)
         self._out.display.validation(line, sample)
 
     def _save(self) -> None:
-        """Save on rank 0, which holds what all replicas hold.
+        """Save and wait for the end of it; every rank writes its part.
 
         Raises:
-            StorageError: It could not; raised on every rank.
+            StorageError: It could not be saved; raised on every rank.
         """
+        self._finish_save()
         self._progress.enter("save")
-        begin = self._clock.monotonic()
-        error: StorageError | None = None
+        begin, phases = self._clock.monotonic(), self._progress.seconds()
         with self._changing:
-            try:
-                self._write_checkpoint()
-            except StorageError as raised:
-                error = raised
+            self._out.store.save(self._with_best(), **self._contents())
+            self.state = self._with_best()
+            self._saves.begun_step = self.state.step
         seconds = self._clock.monotonic() - begin
-        failed, milliseconds = self._world.vote(int(error is not None), round(1000 * seconds))
-        if failed:
-            raise error or StorageError("rank 0 could not save")
-        self.state = self._with_best()
-        self._saves.saved(self.state.step, max(seconds, milliseconds / 1000))
-        phases = self._progress.seconds()
-        self._report.event("checkpoint", self.state.step, seconds=seconds, phases=phases)
+        (milliseconds,) = self._world.vote(round(1000 * seconds))
+        self._note_save(self.state.step, milliseconds / 1000, seconds, phases)
 
-    def _write_checkpoint(self) -> None:
-        if not self._world.is_first:
+    def _begin_save(self) -> None:
+        """Save what is now, while training goes on."""
+        self._finish_save()
+        self._progress.enter("save")
+        self._pending_phases = self._progress.seconds()
+        with self._changing:
+            self._pending = self._out.store.save_async(self._with_best(), **self._contents())
+            self._saves.begun_step = self.state.step
+
+    def _finish_save(self) -> None:
+        """Wait for the save in the background, if there is one, and take note of its end."""
+        pending, self._pending = self._pending, None
+        if pending is None:
             return
+        self._progress.enter("save")
+        try:
+            pending.result()
+        except StorageError as error:
+            self._warn_not_saved(pending.step, error)
+            return
+        saved = pending.state
+        with self._changing:
+            self.state = replace(
+                self.state, best_step=saved.best_step, best_bits_per_byte=saved.best_bits_per_byte
+            )
+        seconds = self._out.store.save_seconds[-1]
+        self._note_save(pending.step, seconds, pending.stall_seconds, self._pending_phases)
+
+    def _note_save(
+        self, step: int, seconds: float, stall: float, phases: Mapping[str, float]
+    ) -> None:
+        self._saves.saved(step, seconds)
+        self._report.event(
+            "checkpoint", step, seconds=seconds, stall_seconds=stall, phases=dict(phases)
+        )
+
+    def _contents(self) -> dict[str, Any]:
         # First the lines, then the checkpoint that claims they are there.
         self._out.metrics.flush()
         self._out.events.flush()
-        self._out.store.save(
-            self._with_best(),
-            model=self._parts.model.state_dict(),
-            optimizer=self._parts.optimizer.state_dict(),
-            parents=self._parents,
-        )
-        self._saves.saved_step = self.state.step
+        return {
+            "model": self._parts.model.state_dict(),
+            "optimizer": self._parts.optimizer.state_dict(),
+            "parents": self._parents,
+        }
 
     def _with_best(self) -> TrainState:
         """Return the state with this step as the best, where its validation says so."""
@@ -382,20 +417,28 @@ class TrainLoop:
         """Save, unless replicas differ; what can't be written is tried again later."""
         if not self._ranks_agree():
             return
+        timed = self._saves.must_be_timed()
         try:
-            self._save()
+            if timed or not self._config.checkpoint.background:
+                self._save()
+            else:
+                self._begin_save()
         except StorageError as error:
-            self._log.warning(
-                "checkpoint not saved; training goes on and tries again at the next interval",
-                step=self.state.step,
-                reason=str(error),
-                last_good_step=self._saves.saved_step,
-            )
-            return
-        self._saves.check_grace()
+            self._warn_not_saved(self.state.step, error)
+        if timed:
+            self._saves.check_grace()
+
+    def _warn_not_saved(self, step: int, error: StorageError) -> None:
+        self._log.warning(
+            "checkpoint not saved; training goes on and tries again at the next interval",
+            step=step,
+            reason=str(error),
+            last_good_step=self._saves.saved_step,
+        )
 
     def _final_checkpoint(self) -> Artifact | None:
         """Return the last step's checkpoint; None where replicas differed and were rolled back."""
+        self._finish_save()
         if self._saves.saved_step != self.state.step:
             if not self._ranks_agree():
                 return None
@@ -404,6 +447,7 @@ class TrainLoop:
 
     def _stop(self, stop: StopRequest, signum: int) -> NoReturn:
         stop.grant()
+        self._finish_save()
         if self.state.step not in (0, self._saves.saved_step):
             self._save()
         raise TrainingInterruptedError(
@@ -412,8 +456,10 @@ class TrainLoop:
 
     def _save_at_once(self, signum: int) -> None:
         """Save the last finished step from another thread, and end the session's record."""
-        if self.state.step not in (0, self._saves.saved_step):
-            self._write_checkpoint()
+        if self.state.step == self._saves.begun_step:
+            self._out.store.wait()
+        elif self.state.step > 0:
+            self._out.store.save(self._with_best(), **self._contents())
         now = self._clock.now().timestamp()
         phases = self._progress.seconds()
         self._out.events.append(end_line(self.state.step, "interrupted", now, phases))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from contextlib import suppress
 from importlib.util import find_spec
@@ -43,6 +44,17 @@ def has_compiler(device: str) -> bool:
     """Tell whether `torch.compile` finds what it needs: a C++ compiler, for CUDA also triton."""
     compiler = describe_machine().compiler is not None
     return compiler and (device == "cpu" or find_spec("triton") is not None)
+
+
+def available_memory(device: str) -> int | None:
+    """Return the bytes that this rank may use, of the GPU or its share of the machine's.
+
+    None where the system does not say.
+    """
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return describe_machine().memory_available // ranks_here or None
 
 
 def numeric_environment(device: str) -> dict[str, Any]:

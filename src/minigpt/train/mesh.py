@@ -52,6 +52,8 @@ class Mesh:
             # Here, where all ranks are at the same point; later a group might be made by one only.
             self.group(*DATA_AXES)
             self.group(*LOSS_AXES)
+            self.group(*(axis for axis in LOSS_AXES if axis != "ep"))
+            self.group(*AXES)
 
     @property
     def is_single(self) -> bool:

@@ -4,6 +4,9 @@ The rule is that of `torch.optim.Muon` (https://kellerjordan.github.io/posts/muo
 momentum, five Newton-Schulz iterations in bfloat16). That one takes the matrices singly: 15
 small products and as many elementwise passes each, which for a small model cost a third of the
 step. Stacked, they are 15 batched products for each shape in the model.
+
+Of a sharded matrix (DTensor) each rank keeps its shard of the momentum; the update is gathered,
+orthogonalised on every rank, and each rank applies its part.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from minigpt.train.gradients import local
 
 # The quintic that the post derives: steep at 0, so that five iterations suffice, and bringing
 # every singular value to within about 0.7 to 1.2 of 1.
@@ -53,11 +59,13 @@ class Muon(torch.optim.Optimizer):
         parameters = [p for p in group["params"] if p.grad is not None]
         if not parameters:
             return
-        gradients = [p.grad for p in parameters]
-        buffers = [self._momentum_buffer(p) for p in parameters]
+        gradients = [local(p.grad) for p in parameters]
+        buffers = [local(self._momentum_buffer(p)) for p in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        updates = torch._foreach_lerp(gradients, buffers, group["momentum"])
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        moved = torch._foreach_lerp(gradients, buffers, group["momentum"])
+        values = [local(p) for p in parameters]
+        torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
+        updates = [_gathered(u, p) for u, p in zip(moved, parameters, strict=True)]
         by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
         for index, update in enumerate(updates):
             rows, columns = update.shape
@@ -68,7 +76,8 @@ class Muon(torch.optim.Optimizer):
                 rows, columns = parameters[index].shape
                 step = update.T if rows > columns else update
                 scale = math.sqrt(max(1.0, rows / columns))
-                parameters[index].add_(step, alpha=-group["lr"] * scale)
+                part = _part(step, parameters[index])
+                values[index].add_(part, alpha=-group["lr"] * scale)
 
     def _momentum_buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -95,6 +104,32 @@ def orthogonalize(stack: Tensor) -> Tensor:
         polynomial = torch.baddbmm(gram, gram, gram, beta=_CUBIC, alpha=_QUINTIC)
         matrices = torch.baddbmm(matrices, polynomial, matrices, beta=_LINEAR)
     return matrices
+
+
+def _gathered(update: Tensor, parameter: Tensor) -> Tensor:
+    """Return the whole of a sharded matrix's update; every rank of its mesh must join.
+
+    Sent in bfloat16, in which it is orthogonalised anyway.
+    """
+    if not isinstance(parameter, DTensor):
+        return update
+    return DTensor.from_local(
+        update.bfloat16(),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    ).full_tensor()
+
+
+def _part(update: Tensor, parameter: Tensor) -> Tensor:
+    """Return this rank's shard of a whole update."""
+    if not isinstance(parameter, DTensor):
+        return update
+    mesh, whole = parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim
+    everywhere = DTensor.from_local(update.contiguous(), mesh, whole, run_check=False)
+    return everywhere.redistribute(placements=parameter.placements).to_local()
 
 
 def _wide(matrix: Tensor) -> Tensor:

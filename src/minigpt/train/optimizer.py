@@ -7,12 +7,14 @@ so that one rate fits every shape.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from minigpt.core.errors import ArtifactError
 from minigpt.train.config import OptimizerConfig
+from minigpt.train.low_bit import make_adamw8bit, restore_part, stored_parts
 from minigpt.train.muon import Muon
 
 
@@ -32,8 +34,9 @@ class Optimizer:
         groups.append({"params": kinds["embedding"], "lr": config.lr, "weight_decay": 0.0})
         groups.append({"params": kinds["vector"], "lr": config.lr, "weight_decay": 0.0})
         groups = [group for group in groups if group["params"]]
+        make = make_adamw8bit if config.state_bits == 8 else partial(torch.optim.AdamW, fused=True)
         self._optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+            make(groups, betas=config.betas, eps=config.eps)
         ]
         if config.kind == "muon" and kinds["matrix"]:
             self._optimizers.append(
@@ -45,12 +48,15 @@ class Optimizer:
                 )
             )
         self._groups = [g for optimizer in self._optimizers for g in optimizer.param_groups]
-        self._peaks = [group["lr"] for group in self._groups]
+        self._peaks = [float(group["lr"]) for group in self._groups]
 
     def step(self, factor: float) -> None:
         """Update the parameters from their gradients, with `factor` of the peak rates."""
         for group, peak in zip(self._groups, self._peaks, strict=True):
-            group["lr"] = peak * factor
+            if isinstance(group["lr"], Tensor):  # compiled into torchao's update
+                group["lr"].fill_(peak * factor)
+            else:
+                group["lr"] = peak * factor
         for optimizer in self._optimizers:
             optimizer.step()
 
@@ -62,10 +68,11 @@ class Optimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state as tensors named `<parameter>/<state>`, without copies."""
         return {
-            f"{self._names[parameter]}/{key}": value
+            f"{self._names[parameter]}/{part}": tensor
             for optimizer in self._optimizers
             for parameter, state in optimizer.state.items()
             for key, value in state.items()
+            for part, tensor in stored_parts(key, value)
         }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -82,8 +89,7 @@ class Optimizer:
             if parameter_name not in owners:
                 raise ArtifactError(f"optimizer state {name!r} belongs to no parameter")
             parameter, optimizer = owners[parameter_name]
-            # Cloned, not viewed: the alignment of a mapped file would change the bits.
-            optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+            restore_part(optimizer, parameter, key, value)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

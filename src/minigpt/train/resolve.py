@@ -212,14 +212,14 @@ def _token_budget(
 def _resolve_batch(
     config: TrainConfig, facts: Facts, sequence_length: int, model: ModelConfig, tokens: float
 ) -> BatchConfig:
-    given = config.batch
+    given, ranks = config.batch, config.mesh.data_size
     windows = (facts.train_tokens - 1) // sequence_length
     least = 1 if given.micro_batch_size == "auto" else given.micro_batch_size
     if given.tokens_per_step == "auto":
         ideal = _REFERENCE_BATCH * (tokens / _REFERENCE_TOKENS) ** _BATCH_EXPONENT
         ideal = min(ideal, tokens / _LEAST_STEPS)
         rows = max(8, 2 ** round(math.log2(max(1.0, ideal / sequence_length))))
-        rows = max(1, min(rows, windows) // least) * least
+        rows = max(1, min(rows, windows) // (least * ranks)) * least * ranks
     else:
         rows = given.tokens_per_step // sequence_length
     if rows > windows:
@@ -233,9 +233,9 @@ def _resolve_batch(
         "batch.tokens_per_step", tokens_per_step, "batch.sequence_length", sequence_length
     )
     most = max(1, (8192 if facts.device == "cpu" else 65536) // sequence_length)
-    ranks = config.mesh.data_size
-    share = rows // ranks if rows % ranks == 0 else rows  # each rank takes whole micro-batches
-    divisor = max(d for d in range(1, min(most, share) + 1) if share % d == 0)
+    shares = [d for d in range(1, min(most, rows) + 1) if rows % d == 0]
+    # Every data rank gets as many micro-batches as the others, where the rows allow it.
+    divisor = max([d for d in shares if rows // d % ranks == 0], default=1)
     micro = _choose(given.micro_batch_size, divisor)
     _require_divisible(
         "batch.tokens_per_step / batch.sequence_length", rows, "batch.micro_batch_size", micro

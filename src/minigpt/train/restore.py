@@ -12,7 +12,7 @@ import torch
 from minigpt.core.errors import ArtifactError
 from minigpt.core.telemetry import get_logger
 from minigpt.train.build import Build, Sources
-from minigpt.train.checkpoint import Checkpoint, CheckpointStore, TrainState, restore_rng
+from minigpt.train.checkpoint import CheckpointStore, TrainState, restore_rng
 from minigpt.train.config import TrainConfig
 from minigpt.train.context import Outputs
 from minigpt.train.machine import numeric_environment
@@ -44,7 +44,7 @@ def _load(
     config: TrainConfig, parts: Build, sources: Sources, store: CheckpointStore, world: World
 ) -> TrainState:
     log = get_logger("train")
-    checkpoint = _newest(store, world)
+    checkpoint = store.load_latest(parts.model.state_dict())
     environment = numeric_environment(config.device)
     if checkpoint is None:
         random.seed(config.seed)
@@ -73,13 +73,6 @@ def _load(
     parts.loader.load_state(state.cursor)
     restore_rng(checkpoint)
     if world.is_first:
-        where = str(checkpoint.artifact.path)
+        where = checkpoint.artifact.uri
         log.info("resuming", step=state.step, steps=config.steps, checkpoint=where)
     return state
-
-
-def _newest(store: CheckpointStore, world: World) -> Checkpoint | None:
-    """Load the newest good checkpoint; rank 0 first, which sets corrupt ones aside."""
-    found: list[Checkpoint | None] = []
-    world.from_first(lambda: found.append(store.load_latest()))
-    return found[0] if found else store.load_latest()

@@ -22,15 +22,15 @@ from minigpt.core.artifact import Artifact, open_artifact
 from minigpt.core.clock import Clock, SystemClock
 from minigpt.core.config import load_config, resolved_values, to_yaml
 from minigpt.core.errors import ConfigError, TrainingError
-from minigpt.core.machine import usable_cores
 from minigpt.core.storage import storage_errors, write_atomic
 from minigpt.core.telemetry import get_logger
 from minigpt.model.config import ModelConfig
-from minigpt.model.weights import DTYPES
+from minigpt.model.decoder import Decoder
 from minigpt.train.build import (
     Build,
     Sources,
     build,
+    check_mesh,
     fit_minutes,
     open_sources,
     resolve_for,
@@ -40,13 +40,15 @@ from minigpt.train.checkpoint import CheckpointStore, TrainState
 from minigpt.train.config import TrainConfig
 from minigpt.train.context import Member, Outputs, Speedometer
 from minigpt.train.display import SilentDisplay, make_display, show_table
+from minigpt.train.export_weights import model_files
 from minigpt.train.faults import faults_from_environment
 from minigpt.train.finish import save_final_model, write_final
 from minigpt.train.interrupt import TrainingInterruptedError
 from minigpt.train.loop import TrainLoop
 from minigpt.train.machine import choose_device, measured_peak
-from minigpt.train.mesh import Mesh, check_model, open_mesh
+from minigpt.train.mesh import Mesh, open_mesh
 from minigpt.train.metrics import MetricsLog, SilentLog, read_metrics
+from minigpt.train.precision import product_dtype
 from minigpt.train.progress import Progress, beacon_path
 from minigpt.train.restore import restore
 from minigpt.train.sessions import (
@@ -60,7 +62,7 @@ from minigpt.train.sessions import (
 )
 from minigpt.train.skips import read_skips
 from minigpt.train.trackers import BackgroundTracker, make_tracker
-from minigpt.train.world import World, collective_timeout, is_supervised, local_world_size
+from minigpt.train.world import World, collective_timeout, is_supervised
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -214,8 +216,6 @@ def _train(
     history = world.from_first(partial(_open_run, run_dir))
     sources = open_sources(config, dataset)
     stored = world.from_first(lambda: stored_config(run_dir))
-    if stored is None and config.threads == "auto" and world.size > 1:
-        config = config.replace(threads=max(1, usable_cores() // local_world_size()))
     use_machine(stored or config)
     resolved = world.from_first(lambda: resolve_for(stored or config, sources))
     fixed, model_config = resolved.config, resolved.model
@@ -224,7 +224,7 @@ def _train(
             get_logger("train").warning(warning)
     else:
         fixed = stored.replace(mesh=config.mesh, recovery=config.recovery)
-    _check_mesh(fixed, model_config)
+        check_mesh(fixed, model_config)
     parts = build(fixed, model_config, sources, ranks.mesh)
     if fixed.steps == "auto":
         fixed = fit_minutes(fixed, parts, clock, started)
@@ -256,30 +256,10 @@ def _open_run(run_dir: Path) -> History:
     return read_history(list(read_metrics(run_dir / EVENTS_FILE)))
 
 
-def _check_mesh(config: TrainConfig, model: ModelConfig) -> None:
-    """Refuse a mesh over which the run can't be spread."""
-    batch = config.batch
-    assert isinstance(batch.tokens_per_step, int) and isinstance(batch.micro_batch_size, int)
-    assert isinstance(batch.sequence_length, int)
-    if config.mesh.size > 1 and config.steps == "auto":
-        raise ConfigError(
-            f"minutes = {config.minutes} with mesh.* of {config.mesh.size} processes: steps are "
-            "timed in a run of one process only",
-            remedy="give steps or max_tokens",
-        )
-    rows = batch.tokens_per_step // batch.sequence_length
-    check_model(
-        config.mesh,
-        model,
-        micro_batches=rows // batch.micro_batch_size,
-        sequence_length=batch.sequence_length,
-    )
-
-
 def _run(
     config: TrainConfig, parts: Build, sources: Sources, session: Session, clock: Clock
 ) -> Artifact:
-    outputs = _open_outputs(config, session.run_dir, session.world)
+    outputs = _open_outputs(config, parts, sources, session)
     status = "failed"
     try:
         artifact = _train_to_the_end(config, parts, sources, session, outputs, clock)
@@ -293,6 +273,7 @@ def _run(
         outputs.metrics.close()
         outputs.events.close()
         outputs.tracker.close(status)
+        outputs.store.close()
     return artifact
 
 
@@ -326,13 +307,20 @@ def _train_to_the_end(
     )
     checkpoint = loop.run()
     progress.enter("finish")
-    finish = partial(_finish, config, parts, sources, outputs, run_dir, loop.state, checkpoint)
+    model = parts.whole_model()
+    finish = partial(_finish, config, model, sources, outputs, run_dir, loop.state, checkpoint)
     artifact: Artifact = world.from_first(finish)
     return artifact
 
 
-def _open_outputs(config: TrainConfig, run_dir: Path, world: World) -> Outputs:
-    store = CheckpointStore(run_dir / CHECKPOINT_DIRECTORY, keep=config.checkpoint.keep)
+def _open_outputs(config: TrainConfig, parts: Build, sources: Sources, session: Session) -> Outputs:
+    run_dir, world = session.run_dir, session.world
+    store = CheckpointStore(
+        config.checkpoint.url or run_dir / CHECKPOINT_DIRECTORY,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        model_files=model_files(parts.model.config, sources.train.tokenizer_dir),
+    )
     metrics, events = run_dir / METRICS_FILE, run_dir / EVENTS_FILE
     if not world.is_first:
         silent = (SilentLog(metrics), SilentLog(events), BackgroundTracker({}), SilentDisplay())
@@ -348,14 +336,14 @@ def _open_outputs(config: TrainConfig, run_dir: Path, world: World) -> Outputs:
 
 def _speedometer(config: TrainConfig, parts: Build, world: World) -> Speedometer:
     assert isinstance(config.batch.sequence_length, int)
-    peak = world.from_first(lambda: measured_peak(config.device, DTYPES[config.precision]))
+    peak = world.from_first(lambda: measured_peak(config.device, product_dtype(config.precision)))
     flops = parts.model.config.flops_per_token(config.batch.sequence_length)
     return Speedometer(flops, world.size * peak)
 
 
 def _finish(
     config: TrainConfig,
-    parts: Build,
+    model: Decoder,
     sources: Sources,
     outputs: Outputs,
     run_dir: Path,
@@ -368,7 +356,7 @@ def _finish(
     skipped = read_skips(run_dir).samples
     artifact = save_final_model(
         run_dir / MODEL_DIRECTORY,
-        parts.model,
+        model,
         config,
         tokenizer_dir=sources.train.tokenizer_dir,
         metrics={"loss": state.loss, "skipped_samples": skipped, **state.validation},
@@ -378,7 +366,7 @@ def _finish(
         run_dir / FINAL_FILE,
         run_dir / METRICS_FILE,
         state,
-        parts.model,
+        model,
         artifact,
         dataset_sha256=sources.fingerprint,
     )

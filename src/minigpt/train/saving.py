@@ -14,12 +14,15 @@ _LEAST_HOURS = 1e-3
 
 
 class SaveSchedule:
-    """Knows the last save, and when the next is due. The same on all ranks but for the clock."""
+    """Knows the last save, and when the next is due. The same on all ranks but for the clock.
+
+    `begun_step` is the last step whose save was begun, `saved_step` the last that is safe.
+    """
 
     def __init__(self, config: TrainConfig, step: int, history: History, clock: Clock) -> None:
         """Begin after a step that is saved (or 0)."""
         assert isinstance(config.checkpoint.every, int) and isinstance(config.steps, int)
-        self.saved_step = step
+        self.saved_step = self.begun_step = step
         self.seconds = history.save_seconds
         """Duration of the last save; None before the first."""
         self._every, self._steps = config.checkpoint.every, config.steps
@@ -30,11 +33,15 @@ class SaveSchedule:
 
     def is_due(self, step: int) -> bool:
         """Tell whether the config asks for a save after `step`."""
-        if step == 0 or step == self.saved_step:
+        if step == 0 or step == self.begun_step:
             return False
-        if self.seconds is None and self._recovery.grace_seconds is not None:
-            return True  # to know how long one takes
+        if self.must_be_timed():
+            return True
         return step == self._steps or (self._every > 0 and step % self._every == 0)
+
+    def must_be_timed(self) -> bool:
+        """Tell whether a grace is given and no save has been timed yet."""
+        return self.seconds is None and self._recovery.grace_seconds is not None
 
     def is_overdue(self) -> bool:
         """Tell whether the interval that the failures so far suggest has passed."""

@@ -1,25 +1,24 @@
-"""One optimizer update: forward and backward over the micro-batches of a global batch."""
+"""One optimizer update from the micro-batches of a global batch, alike on every rank."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from minigpt.data.loader import Batch
-from minigpt.model.attention import Attention, CausalAttention
-from minigpt.model.decoder import Decoder, Runner, call
-from minigpt.train.attention import MatmulAttention
-from minigpt.train.mesh import DATA_AXES, Mesh
-from minigpt.train.objective import IGNORED_TARGET, cross_entropy_sum
+from minigpt.model.decoder import Decoder
+from minigpt.train.config import MemoryConfig
+from minigpt.train.gradients import clip_gradients, gradient_norm
+from minigpt.train.mesh import AXES, DATA_AXES
+from minigpt.train.objective import IGNORED_TARGET
 from minigpt.train.optimizer import Optimizer
-
-# Longer rows on a CPU would spend their time and memory on the upper triangle.
-_MATMUL_ATTENTION_TOKENS = 1024
+from minigpt.train.parallelize import Spread, alone
+from minigpt.train.passes import LocalPasses, Passes
+from minigpt.train.precision import LossScale
 
 
 class StepResult(NamedTuple):
@@ -32,7 +31,10 @@ class StepResult(NamedTuple):
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or the gradient is NaN or infinite; the parameters are untouched."""
+    """The loss or the gradient is NaN or infinite; the parameters are untouched.
+
+    Raised on every rank of a run, whichever of them saw it.
+    """
 
 
 @dataclass(frozen=True)
@@ -44,34 +46,51 @@ class StepOptions:
     dtype: torch.dtype
     """Of matrix products."""
     clip_norm: float | None = None
+    """Largest norm of the whole gradient; None never clips."""
     compile: bool = False
+    """Compile layers and loss."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """What is kept of the forward pass."""
+
+
+def make_passes(spread: Spread, options: StepOptions) -> Passes:
+    """Choose how the gradient of a global batch comes about on a mesh."""
+    return LocalPasses(
+        spread,
+        chunk_tokens=options.chunk_tokens,
+        dtype=options.dtype,
+        compile=options.compile,
+        memory=options.memory,
+    )
 
 
 class TrainStep:
-    """Runs updates of a model; compiled on first use where asked for."""
+    """Runs updates of a model; every rank of its mesh calls it at the same point."""
 
     def __init__(
         self,
         model: Decoder,
         optimizer: Optimizer,
         options: StepOptions,
-        mesh: Mesh | None = None,
+        *,
+        spread: Spread | None = None,
     ) -> None:
-        self._model = model
+        """Put the parts together.
+
+        Args:
+            model: Whose parameters learn.
+            optimizer: Of those parameters.
+            options: How a step computes.
+            spread: How the model is laid over a mesh; None is one process.
+        """
+        spread = spread or alone(model)
+        self._mesh, self._cuts = spread.mesh, spread.cuts
         self._optimizer = optimizer
-        self._options = options
-        self._mesh = mesh
+        self._clip_norm = options.clip_norm
+        self._passes = make_passes(spread, options)
         self._parameters = list(model.parameters())
         self._device = self._parameters[0].device
-        self._run: Runner = call
-        self._cross_entropy_sum = cross_entropy_sum
-        if options.compile:
-            # One layer is compiled and serves all: compiling the whole model takes as many
-            # times longer as it has layers, and runs no faster.
-            # dynamic=False: shapes are fixed, and code that depends on the history of shapes
-            # would differ, in its last bits, after a resume.
-            self._run = torch.compile(call, dynamic=False)
-            self._cross_entropy_sum = torch.compile(cross_entropy_sum, dynamic=False)
+        self.loss_scale = LossScale() if options.dtype == torch.float16 else None
 
     def run(
         self,
@@ -82,9 +101,10 @@ class TrainStep:
         """Accumulate gradients over `batches`, clip them and update the parameters.
 
         Args:
-            batches: The micro-batches of one global batch, or this rank's block of them.
+            batches: This data rank's micro-batches of one global batch (`Mesh.micro_batches`).
             learning_rate_factor: Factor of the peak learning rates.
-            should_stop: Asked before each micro-batch.
+            should_stop: Asked before each micro-batch; with several processes once, before the
+                first, and what one rank says all do.
 
         Returns:
             The result, or None where `should_stop` said so: then nothing has changed.
@@ -95,18 +115,20 @@ class TrainStep:
         result = self.compute(batches, should_stop)
         if result is None:
             return None
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        if not self._all_finite(*result):
             self.discard()
-            raise NonFiniteError(f"loss is {result.loss}, the gradient's norm {result.grad_norm}")
+            raise NonFiniteError(
+                f"loss is {result.loss}, the gradient's norm is {result.grad_norm}"
+            )
         self.update(learning_rate_factor)
         return result
 
     def compute(
         self, batches: Sequence[Batch], should_stop: Callable[[], bool] = lambda: False
     ) -> StepResult | None:
-        """Compute loss and clipped gradient of a global batch; `update` or `discard` comes next.
+        """Form the clipped gradient of a global batch; `update` or `discard` comes next.
 
-        The parameters are untouched. All ranks get the same numbers.
+        The parameters are untouched. What float16 overflowed is computed again at a lower scale.
 
         Args:
             batches: As in `run`.
@@ -116,12 +138,23 @@ class TrainStep:
         if loss is None:
             self.discard()
             return None
-        return StepResult(loss, self.clip_gradients())
+        grad_norm = self.clip_gradients()
+        while not self._all_finite(loss, grad_norm):
+            if self.loss_scale is None or not self.loss_scale.lower():
+                return StepResult(loss, grad_norm)
+            self.discard()
+            # float16 overflowed: the same batches again, none is skipped.
+            loss = self.accumulate(batches)
+            assert loss is not None
+            grad_norm = self.clip_gradients()
+        return StepResult(loss, grad_norm)
 
     def update(self, learning_rate_factor: float) -> None:
         """Update the parameters from the gradient; the only place where they change."""
         self._optimizer.step(learning_rate_factor)
         self._optimizer.zero_grad()
+        if self.loss_scale is not None:
+            self.loss_scale.succeeded()
 
     def discard(self) -> None:
         """Drop the gradient."""
@@ -130,68 +163,41 @@ class TrainStep:
     def accumulate(
         self, batches: Sequence[Batch], should_stop: Callable[[], bool] = lambda: False
     ) -> float | None:
-        """Add the gradient of the mean loss over all valid targets of all `batches`.
+        """Form the gradient of the mean loss over all valid targets of the global batch.
 
         Returns:
             The mean loss, or None where stopped half way.
         """
-        valid = self._sum(float(sum(int((b.targets != IGNORED_TARGET).sum()) for b in batches)))
-        assert valid, "a global batch without a single target"
-        total = 0.0
-        for batch in batches:
-            if should_stop():
+        valid = sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches)
+        if not self._mesh.is_single:
+            stop = should_stop()
+            valid = self._sum(valid, *DATA_AXES)
+            if self._sum(stop, *AXES):
                 return None
-            loss = self._loss_sum(batch)
-            # Divided by the global count, not the micro-batch's: each token weighs the same.
-            (loss / valid).backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        if self._mesh is not None and self._mesh.data_size > 1:
-            self._sum_gradients()
-        return self._sum(total) / valid
+            should_stop = _never
+        assert valid, "a global batch without a single target"
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        total = self._passes.run(batches, valid / scale, should_stop)
+        return None if total is None else total / valid
 
     def clip_gradients(self) -> float:
         """Scale the gradient down to `clip_norm` where it is longer; return its norm before."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self._options.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._options.clip_norm, norm)
+        if self.loss_scale is not None:
+            self.loss_scale.unscale(self._parameters)
+        norm = gradient_norm(self._parameters, self._mesh, self._cuts)
+        if self._clip_norm is not None:
+            clip_gradients(self._parameters, norm, self._clip_norm)
         return float(norm)
 
-    def _sum_gradients(self) -> None:
-        assert self._mesh is not None
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        flat = self._mesh.sum(torch.cat([g.reshape(-1) for g in gradients]), *DATA_AXES)
-        parts = torch.split(flat, [g.numel() for g in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+    def _all_finite(self, loss: float, grad_norm: float) -> bool:
+        """Vote: a rank that alone went on, or alone stopped, would leave the others hanging."""
+        return not self._sum(not (math.isfinite(loss) and math.isfinite(grad_norm)), *AXES)
 
-    def _sum(self, value: float) -> float:
-        """Add up a number over the ranks that see different micro-batches."""
-        if self._mesh is None or self._mesh.data_size == 1:
-            return value
-        return float(self._mesh.sum(torch.tensor(value, dtype=torch.float64), *DATA_AXES))
+    def _sum(self, value: int, *axes: str) -> int:
+        if self._mesh.is_single:
+            return int(value)
+        return int(self._mesh.sum(torch.tensor(int(value), device=self._device), *axes))
 
-    def _loss_sum(self, batch: Batch) -> Tensor:
-        tensors = (batch.tokens, batch.targets, batch.positions, batch.documents)
-        tokens, targets, positions, documents = (
-            t.to(self._device, non_blocking=True) for t in tensors
-        )
-        attention = self._attention(documents)
-        mixed = self._options.dtype != self._parameters[0].dtype
-        with torch.autocast(self._device.type, dtype=self._options.dtype, enabled=mixed):
-            hidden = self._model(tokens, positions, attention, self._run)
-        return self._cross_entropy_sum(
-            hidden.flatten(0, 1),
-            self._model.output_weight,
-            targets.flatten(),
-            chunk_tokens=self._options.chunk_tokens,
-            dtype=self._options.dtype,
-        )
 
-    def _attention(self, documents: Tensor) -> Attention:
-        window = self._model.config.sliding_window
-        if self._device.type == "cpu" and documents.shape[1] <= _MATMUL_ATTENTION_TOKENS:
-            return MatmulAttention(documents, window)
-        if bool((documents == documents[:, :1]).all()):
-            return CausalAttention(None, window)  # the causal kernel needs no mask
-        return CausalAttention(documents, window)
+def _never() -> bool:
+    return False

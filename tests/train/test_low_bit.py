@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minigpt.core.config import from_mapping
+from minigpt.core.errors import ConfigError
+from minigpt.model.config import ModelConfig
+from minigpt.model.decoder import Decoder
+from minigpt.train.config import OptimizerConfig, TrainConfig
+from minigpt.train.low_bit import check_state_bits
+from minigpt.train.optimizer import Optimizer
+from minigpt.train.step import StepOptions, TrainStep
+from minigpt.train.verify_parallel import make_batch
+
+Tensors = dict[str, torch.Tensor]
+
+MODEL = ModelConfig(
+    vocab_size=64,
+    num_layers=1,
+    hidden_size=64,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=32,
+    intermediate_size=64,
+    context_length=16,
+)
+
+
+def test_it_is_refused_without_a_compiler_and_on_shards() -> None:
+    bits = {"data": "d", "optimizer": {"state_bits": 8}}
+    with pytest.raises(ConfigError, match=r"needs torch\.compile"):
+        check_state_bits(from_mapping(TrainConfig, bits), has_compiler=False)
+    with pytest.raises(ConfigError, match=r"state_bits = 8 with mesh\.fsdp = 2"):
+        check_state_bits(from_mapping(TrainConfig, bits | {"mesh": {"fsdp": 2}}), True)
+    check_state_bits(from_mapping(TrainConfig, bits | {"mesh": {"dp": 2}}), True)
+    check_state_bits(from_mapping(TrainConfig, {"data": "d", "mesh": {"fsdp": 2}}), False)
+
+
+def _train(
+    bits: int, steps: range, state: tuple[Tensors, Tensors] | None
+) -> tuple[list[float], Tensors, Tensors]:
+    model = Decoder(MODEL)
+    model.init_weights(torch.Generator().manual_seed(0))
+    rates = {"kind": "adamw", "lr": 0.01, "muon_lr": 0.02, "state_bits": bits}
+    optimizer = Optimizer(model, OptimizerConfig.model_validate(rates))
+    if state is not None:
+        model.load_state_dict(state[0])
+        optimizer.load_state_dict(state[1])
+    step = TrainStep(model, optimizer, StepOptions(16, torch.float32))
+    losses = []
+    for number in steps:
+        result = step.run([make_batch(MODEL, number)], 1.0)
+        assert result is not None
+        losses.append(result.loss)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return losses, weights, {n: t.clone() for n, t in optimizer.state_dict().items()}
+
+
+@pytest.mark.soak
+def test_bytes_train_nearly_as_well_and_resume_bit_for_bit() -> None:
+    exact, _, wide = _train(32, range(6), None)
+    losses, weights, state = _train(8, range(6), None)
+    assert losses == pytest.approx(exact, rel=0.02) and losses != exact
+    codes = [name for name in state if name.endswith(".codes")]
+    assert codes and all(state[name].dtype == torch.uint8 for name in codes)
+    assert all(type(tensor) is torch.Tensor for tensor in state.values())
+    stored, before = (sum(t.numel() * t.itemsize for t in s.values()) for s in (state, wide))
+    assert stored < 0.35 * before
+    first, half, middle = _train(8, range(3), None)
+    second, end, _ = _train(8, range(3, 6), (half, middle))
+    assert first + second == losses
+    assert all(torch.equal(end[name], weights[name]) for name in weights)
