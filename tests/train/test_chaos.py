@@ -42,6 +42,7 @@ def _chaos(recipe: Path, out: Path, faults: str) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.timeout(900)
 def test_a_kill_and_a_corrupt_checkpoint_are_certified(recipe: Path, tmp_path: Path) -> None:
     certificate = _chaos(recipe, tmp_path / "report", "kill,bitflip")
     assert [fault["fault"] for fault in certificate["faults"]] == ["kill", "bitflip"]

@@ -20,8 +20,6 @@ class Decision(NamedTuple):
     """A signal that asked some rank to stop, or 0."""
     save: bool
     """Rank 0 finds a save due by its clock."""
-    saving: bool
-    """Some rank still writes a checkpoint in the background."""
     ranks: tuple[int, ...]
     """Of a step that is not healthy: the ranks whose own numbers were not finite."""
 
@@ -50,19 +48,11 @@ class StepGuard:
         self._detector = AnomalyDetector(self._config, healthy[-self._config.spike_window :])
 
     def judge(
-        self,
-        step: int,
-        result: StepResult,
-        *,
-        own_finite: bool,
-        signum: int,
-        save: bool,
-        saving: bool,
+        self, step: int, result: StepResult, *, own_finite: bool, signum: int, save: bool
     ) -> Decision:
         """Vote on a step (counted from 1) whose gradient is ready."""
         own = self._detector.judge(result.loss, result.grad_norm)
-        own_votes = int(own), signum, int(save), int(saving)
-        agreed, signum, save_due, under_way = self._world.vote(*own_votes)
+        agreed, signum, save_due = self._world.vote(int(own), signum, int(save))
         verdict = Verdict(agreed)
         action, self._strikes = decide(verdict, self._strikes, self._config)
         ranks: tuple[int, ...] = ()
@@ -73,7 +63,7 @@ class StepGuard:
             self._detector.accept(result.loss)
         elif action is Action.SKIP and self._strikes.in_a_row == 1:
             self.first_bad_step = step
-        return Decision(action, verdict, signum, bool(save_due), bool(under_way), ranks)
+        return Decision(action, verdict, signum, bool(save_due), ranks)
 
     @property
     def rollbacks(self) -> int:

@@ -8,7 +8,7 @@ go through the same decisions: what may differ between them is voted on.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -77,6 +77,7 @@ class TrainLoop:
         self._meeting = Meeting(member.world)
         self._own_finite = True
         self._pending: PendingSave | None = None
+        self._pending_phases: Mapping[str, float] = {}
         self._failed_at = member.history.failed_at
         self._tokens_per_step = config.batch.tokens_per_step
         rows = parts.loader.batch_size * parts.loader.sequence_length
@@ -110,7 +111,7 @@ class TrainLoop:
             ) as stop:
                 return self._run(stop)
         finally:
-            self._out.store.settle()
+            self._finish_save()
             self._out.display.end()
 
     def _take_up(self) -> None:
@@ -128,6 +129,8 @@ class TrainLoop:
     def _run(self, stop: StopRequest) -> Artifact:
         signum = 0
         while True:
+            if self._pending is not None and self._pending.done:
+                self._finish_save()
             if self._is_validation_due():
                 signum = signum or self._heard(stop)
                 if signum:
@@ -193,8 +196,6 @@ class TrainLoop:
                 phases=self._progress.seconds(),
             )
         self._after_step()
-        if self._pending is not None and not decision.saving:
-            self._finish_save()
         if decision.save and self._saves.begun_step != self.state.step:
             self._try_save()
         return decision.signum
@@ -217,7 +218,6 @@ class TrainLoop:
             own_finite=self._own_finite,
             signum=stop.signum or 0,
             save=self._world.is_first and self._saves.is_overdue(),
-            saving=self._pending is not None and not self._pending.done,
         )
         if decision.action is not Action.ACCEPT:
             self._report.alarm(
@@ -256,6 +256,7 @@ class TrainLoop:
     def _roll_back(self, reason: str, *, skip_data: bool) -> None:
         """Go back to the last good checkpoint; leave out the data since the first bad step."""
         at = self.state.step + 1
+        self._finish_save()
         if not self._world.from_first(self._out.store.steps):
             raise TrainingError(
                 f"step {at}: {reason}, and there is no checkpoint to roll back to",
@@ -272,11 +273,10 @@ class TrainLoop:
                     reason=reason,
                 )
             )
-        self._finish_save()
         spent = self._progress.seconds()
         with self._changing:
             self.state = self._member.restore()
-            self._saves.went_back(self.state.step)
+            self._saves.begun_step = self._saves.saved_step = self.state.step
             self._take_up()
         self._report.alarm(
             "rollback",
@@ -334,12 +334,14 @@ class TrainLoop:
         begin = self._clock.monotonic()
         model = self._parts.whole_model()
         result = self._parts.validator.score(model)
+        if self._saves.begun_step == self.state.step:
+            self._finish_save()
         with self._changing:
             self.state.validated_step = self.state.step
             if result is None:
                 return
             self.state.validation = asdict(result)
-            if self._saves.saved_step == self.state.step:  # saved by a stop before validated
+            if self._saves.begun_step == self.state.step:  # saved by a stop before validated
                 self.state = self._with_best()
         seconds = self._clock.monotonic() - begin
         line = self._report.event("validation", self.state.step, **asdict(result), seconds=seconds)
@@ -347,46 +349,33 @@ class TrainLoop:
         self._out.display.validation(line, sample)
 
     def _save(self) -> None:
-        """Save and wait for the end of it.
+        """Save and wait for the end of it; every rank writes its part.
 
         Raises:
-            StorageError: It could not; raised on every rank.
+            StorageError: It could not be saved; raised on every rank.
         """
         self._finish_save()
         self._progress.enter("save")
-        begin = self._clock.monotonic()
+        begin, phases = self._clock.monotonic(), self._progress.seconds()
         with self._changing:
-            self._saves.begin(self.state.step)
-            self._write_checkpoint()
-        self.state = self._with_best()
-        self._note_save(self.state.step, self._clock.monotonic() - begin)
-
-    def _write_checkpoint(self) -> None:
-        self._out.store.save(self._with_best(), **self._contents())
-        self._saves.saved_step = self.state.step
-
-    def _contents(self) -> dict[str, Any]:
-        # First the lines, then the checkpoint that claims they are there.
-        self._out.metrics.flush()
-        self._out.events.flush()
-        return {
-            "model": self._parts.model.state_dict(),
-            "optimizer": self._parts.optimizer.state_dict(),
-            "parents": self._parents,
-        }
+            self._out.store.save(self._with_best(), **self._contents())
+            self.state = self._with_best()
+            self._saves.begun_step = self.state.step
+        seconds = self._clock.monotonic() - begin
+        (milliseconds,) = self._world.vote(round(1000 * seconds))
+        self._note_save(self.state.step, milliseconds / 1000, seconds, phases)
 
     def _begin_save(self) -> None:
-        """Copy what is to be saved and leave the writing to the background."""
+        """Save what is now, while training goes on."""
+        self._finish_save()
         self._progress.enter("save")
+        self._pending_phases = self._progress.seconds()
         with self._changing:
-            self._saves.begin(self.state.step)
             self._pending = self._out.store.save_async(self._with_best(), **self._contents())
+            self._saves.begun_step = self.state.step
 
     def _finish_save(self) -> None:
-        """Wait for the save in the background, if there is one, and take note of its end.
-
-        A save that failed failed on every rank; training goes on without it.
-        """
+        """Wait for the save in the background, if there is one, and take note of its end."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -397,27 +386,30 @@ class TrainLoop:
             self._warn_not_saved(pending.step, error)
             return
         saved = pending.state
-        self.state = replace(
-            self.state, best_step=saved.best_step, best_bits_per_byte=saved.best_bits_per_byte
-        )
-        self._note_save(pending.step, pending.stall_seconds)
-
-    def _note_save(self, step: int, stall: float) -> None:
-        """Record a save that succeeded: how long it took, and how long training stood still."""
-        seconds = self._out.store.save_seconds[-1]
-        (milliseconds,) = self._world.vote(round(1000 * seconds))
-        self._saves.saved(step, milliseconds / 1000)
-        phases = self._progress.seconds()
-        self._report.event("checkpoint", step, seconds=seconds, stall_seconds=stall, phases=phases)
-
-    def _warn_not_saved(self, step: int, error: StorageError) -> None:
-        if self._world.is_first:
-            self._log.warning(
-                "checkpoint not saved; training goes on and tries again at the next interval",
-                step=step,
-                reason=str(error),
-                last_good_step=self._saves.saved_step,
+        with self._changing:
+            self.state = replace(
+                self.state, best_step=saved.best_step, best_bits_per_byte=saved.best_bits_per_byte
             )
+        seconds = self._out.store.save_seconds[-1]
+        self._note_save(pending.step, seconds, pending.stall_seconds, self._pending_phases)
+
+    def _note_save(
+        self, step: int, seconds: float, stall: float, phases: Mapping[str, float]
+    ) -> None:
+        self._saves.saved(step, seconds)
+        self._report.event(
+            "checkpoint", step, seconds=seconds, stall_seconds=stall, phases=dict(phases)
+        )
+
+    def _contents(self) -> dict[str, Any]:
+        # First the lines, then the checkpoint that claims they are there.
+        self._out.metrics.flush()
+        self._out.events.flush()
+        return {
+            "model": self._parts.model.state_dict(),
+            "optimizer": self._parts.optimizer.state_dict(),
+            "parents": self._parents,
+        }
 
     def _with_best(self) -> TrainState:
         """Return the state with this step as the best, where its validation says so."""
@@ -430,18 +422,26 @@ class TrainLoop:
 
     def _try_save(self) -> None:
         """Save, unless replicas differ; what can't be written is tried again later."""
-        self._finish_save()
         if not self._ranks_agree():
             return
+        timed = self._saves.must_be_timed()
         try:
-            if self._config.checkpoint.background:
-                self._begin_save()
-            else:
+            if timed or not self._config.checkpoint.background:
                 self._save()
+            else:
+                self._begin_save()
         except StorageError as error:
             self._warn_not_saved(self.state.step, error)
-            return
-        self._saves.check_grace()
+        if timed:
+            self._saves.check_grace()
+
+    def _warn_not_saved(self, step: int, error: StorageError) -> None:
+        self._log.warning(
+            "checkpoint not saved; training goes on and tries again at the next interval",
+            step=step,
+            reason=str(error),
+            last_good_step=self._saves.saved_step,
+        )
 
     def _final_checkpoint(self) -> Artifact | None:
         """Return the last step's checkpoint; None where replicas differed and were rolled back."""
@@ -463,8 +463,10 @@ class TrainLoop:
 
     def _save_at_once(self, signum: int) -> None:
         """Save the last finished step from another thread, and end the session's record."""
-        if self.state.step not in (0, self._saves.saved_step):
-            self._write_checkpoint()
+        if self.state.step == self._saves.begun_step:
+            self._out.store.wait()
+        elif self.state.step > 0:
+            self._out.store.save(self._with_best(), **self._contents())
         now = self._clock.now().timestamp()
         phases = self._progress.seconds()
         self._out.events.append(end_line(self.state.step, "interrupted", now, phases))

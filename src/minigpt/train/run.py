@@ -22,7 +22,6 @@ from minigpt.core.artifact import Artifact, open_artifact
 from minigpt.core.clock import Clock, SystemClock
 from minigpt.core.config import load_config, resolved_values, to_yaml
 from minigpt.core.errors import ConfigError, TrainingError
-from minigpt.core.machine import usable_cores
 from minigpt.core.storage import storage_errors, write_atomic
 from minigpt.core.telemetry import get_logger
 from minigpt.data.loader import BatchLoader
@@ -33,6 +32,7 @@ from minigpt.train.build import (
     Build,
     Sources,
     build,
+    check_mesh,
     fit_minutes,
     open_sources,
     resolve_for,
@@ -63,7 +63,7 @@ from minigpt.train.sessions import (
     session_start,
 )
 from minigpt.train.trackers import BackgroundTracker, make_tracker
-from minigpt.train.world import World, collective_timeout, is_supervised, local_world_size
+from minigpt.train.world import World, collective_timeout, is_supervised
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -217,8 +217,6 @@ def _train(
     history = world.from_first(partial(_open_run, run_dir))
     sources = open_sources(config, dataset)
     stored = world.from_first(lambda: stored_config(run_dir))
-    if stored is None and config.threads == "auto" and world.size > 1:
-        config = config.replace(threads=max(1, usable_cores() // local_world_size()))
     use_machine(stored or config)
     resolved = world.from_first(lambda: resolve_for(stored or config, sources))
     fixed, model_config = resolved.config, resolved.model
@@ -227,6 +225,7 @@ def _train(
             get_logger("train").warning(warning)
     else:
         fixed = stored.replace(mesh=config.mesh, recovery=config.recovery)
+        check_mesh(fixed, model_config)
     parts = build(fixed, model_config, sources, ranks.mesh)
     if fixed.steps == "auto":
         fixed = fit_minutes(fixed, parts, clock, started)
@@ -263,7 +262,7 @@ def _open_run(run_dir: Path) -> History:
 def _run(
     config: TrainConfig, parts: Build, sources: Sources, session: Session, clock: Clock
 ) -> Artifact:
-    outputs = _open_outputs(config, parts, sources, session.run_dir, session.world)
+    outputs = _open_outputs(config, parts, sources, session)
     status = "failed"
     try:
         artifact = _train_to_the_end(config, parts, sources, session, outputs, clock)
@@ -319,9 +318,8 @@ def _train_to_the_end(
     return artifact
 
 
-def _open_outputs(
-    config: TrainConfig, parts: Build, sources: Sources, run_dir: Path, world: World
-) -> Outputs:
+def _open_outputs(config: TrainConfig, parts: Build, sources: Sources, session: Session) -> Outputs:
+    run_dir, world = session.run_dir, session.world
     store = CheckpointStore(
         config.checkpoint.url or run_dir / CHECKPOINT_DIRECTORY,
         keep=config.checkpoint.keep,

@@ -14,15 +14,15 @@ _LEAST_HOURS = 1e-3
 
 
 class SaveSchedule:
-    """Knows the last save, and when the next is due. The same on all ranks but for the clock."""
+    """Knows the last save, and when the next is due. The same on all ranks but for the clock.
+
+    `begun_step` is the last step whose save was begun, `saved_step` the last that is safe.
+    """
 
     def __init__(self, config: TrainConfig, step: int, history: History, clock: Clock) -> None:
         """Begin after a step that is saved (or 0)."""
         assert isinstance(config.checkpoint.every, int) and isinstance(config.steps, int)
-        self.saved_step = step
-        """The last one that is safe."""
-        self.begun_step = step
-        """The last one whose save was begun."""
+        self.saved_step = self.begun_step = step
         self.seconds = history.save_seconds
         """Duration of the last save; None before the first."""
         self._every, self._steps = config.checkpoint.every, config.steps
@@ -35,9 +35,13 @@ class SaveSchedule:
         """Tell whether the config asks for a save after `step`."""
         if step == 0 or step == self.begun_step:
             return False
-        if self.seconds is None and self._recovery.grace_seconds is not None:
-            return True  # to know how long one takes
+        if self.must_be_timed():
+            return True
         return step == self._steps or (self._every > 0 and step % self._every == 0)
+
+    def must_be_timed(self) -> bool:
+        """Tell whether a grace is given and no save has been timed yet."""
+        return self.seconds is None and self._recovery.grace_seconds is not None
 
     def is_overdue(self) -> bool:
         """Tell whether the interval that the failures so far suggest has passed."""
@@ -54,18 +58,10 @@ class SaveSchedule:
         rate = failure_rate(self._history.failures, max(_LEAST_HOURS, hours))
         return daly_interval(self.seconds, 3600 * rate.mtbf_hours)
 
-    def begin(self, step: int) -> None:
-        """Note that a save begins."""
-        self.begun_step = step
-        self._saved_at = self._clock.monotonic()
-
     def saved(self, step: int, seconds: float) -> None:
-        """Note the end of a save and how long it took (the slowest rank's time)."""
+        """Note a save and how long it took (the slowest rank's time)."""
         self.saved_step, self.seconds = step, seconds
-
-    def went_back(self, step: int) -> None:
-        """Note that the run stands at a step that is saved."""
-        self.saved_step = self.begun_step = step
+        self._saved_at = self._clock.monotonic()
 
     def check_grace(self) -> None:
         """Refuse a run that could not save within its grace.

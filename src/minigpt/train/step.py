@@ -134,16 +134,18 @@ class TrainStep:
             return None
         if not self._all_finite(result.loss, result.grad_norm):
             self.discard()
-            raise NonFiniteError(f"loss is {result.loss}, the gradient's norm {result.grad_norm}")
+            raise NonFiniteError(
+                f"loss is {result.loss}, the gradient's norm is {result.grad_norm}"
+            )
         self.update(learning_rate_factor)
         return result
 
     def compute(
         self, batches: Sequence[Batch], should_stop: Callable[[], bool] = lambda: False
     ) -> StepResult | None:
-        """Compute loss and clipped gradient of a global batch; `update` or `discard` comes next.
+        """Form the clipped gradient of a global batch; `update` or `discard` comes next.
 
-        The parameters are untouched. All ranks get the same numbers.
+        The parameters are untouched. What float16 overflowed is computed again at a lower scale.
 
         Args:
             batches: As in `run`.

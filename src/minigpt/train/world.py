@@ -110,11 +110,6 @@ class Meeting:
         return None
 
 
-def local_world_size() -> int:
-    """Return how many ranks share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-
-
 def is_rank() -> bool:
     """Tell whether a launcher has made this process one of several ranks."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
