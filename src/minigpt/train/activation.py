@@ -43,7 +43,7 @@ def with_checkpoints(run: Runner, memory: MemoryConfig, num_layers: int) -> Runn
         return run
     recomputed = num_layers
     if memory.checkpoint == "budget":
-        assert memory.checkpoint_layers != "auto"
+        assert memory.checkpoint_layers is not None
         recomputed = memory.checkpoint_layers
     contexts = _keep_products if memory.checkpoint == "selective" else None
     return partial(_checkpointed, run, recomputed, contexts)

@@ -138,7 +138,7 @@ def resolve_for(config: TrainConfig, sources: Sources) -> Resolved:
 def _fix_recomputation(config: TrainConfig, model: ModelConfig) -> TrainConfig:
     """Turn a budget for activations into a number of layers."""
     memory = config.memory
-    if memory.checkpoint_layers != "auto" or memory.budget_mb is None:
+    if memory.checkpoint_layers is not None or memory.budget_mb is None:
         return config
     layers = layers_to_recompute(describe_workload(config, model), memory.budget_mb * 10**6)
     return config.replace(memory=memory.replace(checkpoint_layers=layers))

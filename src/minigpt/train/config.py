@@ -296,22 +296,22 @@ class MemoryConfig(Config):
     pass; selective all but its matrix products; budget as many layers as `budget_mb` asks for."""
     budget_mb: Count | None = None
     """With checkpoint = budget: megabytes that a micro-batch's activations may take on a rank."""
-    checkpoint_layers: CountOrZero | Auto = "auto"
-    """With checkpoint = budget: layers computed again, from the first; auto follows from
+    checkpoint_layers: CountOrZero | None = None
+    """With checkpoint = budget: layers computed again, from the first; null follows from
     budget_mb by the estimate."""
     offload_activations: bool = False
     """Keep activations in the CPU's memory between forward and backward pass; cuda only."""
     offload_optimizer: bool = False
     """With mesh.fsdp: keep weights' shards and optimizer state in the CPU's memory and update them
     there; cuda only."""
-    limit_mb: Count | Auto = "auto"
-    """Megabytes a rank may use by the estimate before the start; auto is what the device has."""
+    limit_mb: Count | None = None
+    """Megabytes a rank may use by the estimate before the start; null is what the device has."""
     check: bool = True
     """Refuse a run that can't fit by the estimate; false only warns."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        given = self.budget_mb is not None or self.checkpoint_layers != "auto"
+        given = self.budget_mb is not None or self.checkpoint_layers is not None
         if self.checkpoint == "budget" and not given:
             raise ValueError("memory.checkpoint = budget needs memory.budget_mb")
         if self.checkpoint != "budget" and given:

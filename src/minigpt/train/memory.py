@@ -159,7 +159,7 @@ def kept_activations(work: Workload) -> int:
         return work.layers * (entry + _linear_outputs(work))
     recomputed = work.layers
     if work.memory.checkpoint == "budget":
-        assert work.memory.checkpoint_layers != "auto"
+        assert work.memory.checkpoint_layers is not None
         recomputed = min(work.layers, work.memory.checkpoint_layers)
     return recomputed * entry + (work.layers - recomputed) * whole
 
@@ -307,7 +307,7 @@ def check_fits(config: TrainConfig, model: ModelConfig, available: int | None) -
     """
     estimate = estimate_memory(describe_workload(config, model))
     limit = config.memory.limit_mb
-    if limit != "auto":
+    if limit is not None:
         available = limit * 10**6
     if available is None or estimate.peak <= available or not config.memory.check:
         return estimate
