@@ -26,7 +26,7 @@ COMMANDS = {
     "artifact": "Verify and show artifacts and where they came from.",
     "doctor": "What this machine has and what that means.",
 }
-TOOLS = {"train": ("goodput", "plot")}
+TOOLS = {"train": ("goodput", "plot", "verify-parallel")}
 """Words after a command that make it a group: `train RECIPE` runs, `train goodput DIR` looks. The
 group is in `cli/<command>_tools.py`."""
 INTERRUPTED = 130

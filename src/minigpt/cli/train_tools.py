@@ -1,4 +1,4 @@
-"""`minigpt train goodput|plot`: what a run has cost, and its curves."""
+"""`minigpt train goodput|plot|verify-parallel`: looking at a run, and at a mesh before one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from minigpt.cli.output import JsonOption, emit
+from minigpt.cli.verify_parallel import verify_parallel
 
 app = typer.Typer()
+app.command("verify-parallel")(verify_parallel)
 
 RunArgument = Annotated[
     Path, typer.Argument(metavar="DIR", help="A run's directory, running or finished.")
