@@ -88,7 +88,8 @@ def measure_training(scratch: Path, steps: int) -> dict[str, Any]:
     )
     measured = dict(json.loads(done.stdout.splitlines()[-1]))
     from minigpt.train.metrics import read_metrics
-    from minigpt.train.run import EVENTS_FILE, METRICS_FILE
+    from minigpt.train.run import METRICS_FILE
+    from minigpt.train.sessions import EVENTS_FILE
 
     run_dir = scratch / "run"
     step = statistics.median(line["seconds"] for line in read_metrics(run_dir / METRICS_FILE))
