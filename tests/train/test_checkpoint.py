@@ -154,13 +154,13 @@ def test_a_save_in_the_background_has_the_values_of_its_step(
     torch.manual_seed(3)
     pending = store.save_async(state, **contents)
     assert not pending.done and store.steps() == []
-    state.cursor["next_sample"] = 9
+    state.step, state.cursor["next_sample"] = 2, 9
     contents["model"]["w"].zero_()
     contents["optimizer"]["w/exp_avg"].add_(1)
     drawn = torch.rand(3)
     gate.opened.set()
     assert pending.result().manifest.config["step"] == 1
-    assert pending.done and store.steps() == [1]
+    assert pending.done and pending.step == 1 and store.steps() == [1]
     assert store.save_seconds[0] > 0 and 0 < pending.stall_seconds < 60
     found = store.load_latest()
     assert found is not None and found.state.cursor == {"next_sample": 8}

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from hashlib import sha256
@@ -199,7 +199,8 @@ class CheckpointStore:
         self.settle()
         chunks = self._stage.copy(self._named(model, optimizer))
         self._pending = self._executor.submit(self._write, chunks, _record(state, parents))
-        return PendingSave(state, time.perf_counter() - begin, self._pending)
+        # A copy: the run goes on changing its state.
+        return PendingSave(replace(state), time.perf_counter() - begin, self._pending)
 
     def wait(self) -> None:
         """Wait for the save under way.

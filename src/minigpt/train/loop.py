@@ -400,6 +400,9 @@ class TrainLoop:
         self._report.event(
             "checkpoint", step, seconds=seconds, stall_seconds=stall, phases=dict(phases)
         )
+        if self._world.is_first:
+            assert isinstance(self._config.checkpoint.every, int)
+            self._report.saved(self._config.checkpoint.every, seconds)
 
     def _contents(self) -> dict[str, Any]:
         # First the lines, then the checkpoint that claims they are there.

@@ -130,6 +130,8 @@ def open_mesh(
 ) -> Iterator[Mesh]:
     """Join the processes that torchrun started and lay out the mesh; leave them at the end.
 
+    Where the launcher has joined them already, as Ray Train does, its process group is used.
+
     Args:
         config: Sizes of the axes.
         device_type: "cpu" (gloo) or "cuda" (nccl, and gloo for what is on the CPU).
@@ -139,7 +141,7 @@ def open_mesh(
         ConfigError: The processes are not those that the mesh needs.
     """
     check_world(config, os.environ)
-    if config.size == 1:
+    if config.size == 1 or dist.is_initialized():  # a launcher's group is the launcher's to end
         yield Mesh(config, device_type)
         return
     backend = "gloo"

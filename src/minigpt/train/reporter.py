@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from minigpt.core.errors import StorageError
+from minigpt.core.job_status import report_saved
 from minigpt.core.telemetry import get_logger
 from minigpt.train.checkpoint import TrainState
 from minigpt.train.config import TrainConfig
@@ -86,6 +88,19 @@ class Reporter:
         self.event(kind, step, **fields)
         shown = {key: value for key, value in fields.items() if key != "phases"}
         self._log.warning(kind, step=step, **shown)
+
+    def saved(self, every: int, seconds: float) -> None:
+        """Tell the job queue above, if there is one, what an eviction would lose.
+
+        Args:
+            every: Steps to the next save; 0 is only at the end.
+            seconds: What a save takes.
+        """
+        safe_in = every * self._smooth_seconds + seconds if every else None
+        try:
+            report_saved(safe_to_evict_in=safe_in)
+        except StorageError as error:
+            self._log.warning("the job's status can't be written", reason=str(error))
 
     def _seconds_left(self, step: int, seconds: float) -> float:
         """Estimate from the steps so far; the first few, which compile, are forgotten."""
