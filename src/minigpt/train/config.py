@@ -180,8 +180,8 @@ class TrackersConfig(Config):
 class RecoveryConfig(Config):
     """What is noticed by itself, what is done about it, and when a person is called."""
 
-    supervise: bool | Auto = "auto"
-    """Restart failed processes from the last good checkpoint; auto is where there are several."""
+    supervise: bool = False
+    """Restart a run of one process too from its last good checkpoint; several always are."""
     restarts_per_hour: CountOrZero = 6
     """Automatic restarts within an hour; one more failure ends the run."""
     backoff_seconds: float = Field(default=1.0, ge=0)

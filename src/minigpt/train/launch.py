@@ -20,8 +20,7 @@ def needs_supervisor(config: TrainConfig) -> bool:
     """Tell whether this process should start the run's ranks rather than be one."""
     if is_rank():
         return False  # a launcher has already started them
-    wanted = config.recovery.supervise
-    return config.mesh.size > 1 if wanted == "auto" else wanted or config.mesh.size > 1
+    return config.mesh.size > 1 or config.recovery.supervise
 
 
 def supervise(
