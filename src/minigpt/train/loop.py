@@ -151,6 +151,7 @@ class TrainLoop:
             "loss": result.loss,
             "loss_hex": result.loss.hex(),
             "grad_norm": result.grad_norm,
+            **result.metrics,
             "lr": self._config.optimizer.lr * factor,
             "tokens": self.state.tokens,
             "epoch": self.state.tokens / self._parts.loader.dataset.num_tokens,

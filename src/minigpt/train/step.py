@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from minigpt.data.loader import Batch
 from minigpt.model.attention import Attention, CausalAttention
 from minigpt.model.decoder import Decoder, Runner, call
 from minigpt.train.attention import MatmulAttention
-from minigpt.train.objective import IGNORED_TARGET, cross_entropy_sum
+from minigpt.train.objective import NextToken, Objective, cross_entropy_sum
 from minigpt.train.optimizer import Optimizer
 
 # Longer rows on a CPU would spend their time and memory on the upper triangle.
@@ -25,9 +26,11 @@ class StepResult(NamedTuple):
     """What one update came to."""
 
     loss: float
-    """Mean cross-entropy over the global batch's valid targets, nats."""
+    """The objective's mean over the global batch; nats per valid target, or per pair."""
     grad_norm: float
     """Norm of the whole gradient before clipping."""
+    metrics: Mapping[str, float] = MappingProxyType({})
+    """What else the objective tells of this process's micro-batches."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -47,12 +50,28 @@ class StepOptions:
 
 
 class TrainStep:
-    """Runs updates of a model; compiled on first use where asked for."""
+    """Runs updates of a model; compiled on first use where asked for.
 
-    def __init__(self, model: Decoder, optimizer: Optimizer, options: StepOptions) -> None:
+    Args:
+        model: Trained in place.
+        optimizer: Over the parameters that are to learn.
+        options: How to compute.
+        objective: What to minimise; None is next-token cross-entropy.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        optimizer: Optimizer,
+        options: StepOptions,
+        objective: Objective | None = None,
+    ) -> None:
+        self.chunk_tokens = options.chunk_tokens
+        self.dtype = options.dtype
         self._model = model
         self._optimizer = optimizer
         self._options = options
+        self._objective = objective or NextToken()
         self._parameters = list(model.parameters())
         self._device = self._parameters[0].device
         self._run: Runner = call
@@ -94,27 +113,27 @@ class TrainStep:
             raise NonFiniteError(f"loss is {loss}, the gradient's norm is {grad_norm}")
         self._optimizer.step(learning_rate_factor)
         self._optimizer.zero_grad()
-        return StepResult(loss, grad_norm)
+        return StepResult(loss, grad_norm, self._objective.metrics())
 
     def accumulate(
         self, batches: Sequence[Batch], should_stop: Callable[[], bool] = lambda: False
     ) -> float | None:
-        """Add the gradient of the mean loss over all valid targets of all `batches`.
+        """Add the gradient of the mean loss over all that counts in all `batches`.
 
         Returns:
             The mean loss, or None where stopped half way.
         """
-        valid = sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches)
-        assert valid, "a global batch without a single target"
+        count = sum(self._objective.count(batch) for batch in batches)
+        assert count, "a global batch without a single target"
         total = 0.0
         for batch in batches:
             if should_stop():
                 return None
-            loss = self._loss_sum(batch)
+            loss = self._objective.loss_sum(self._model, batch, self)
             # Divided by the global count, not the micro-batch's: each token weighs the same.
-            (loss / valid).backward()  # type: ignore[no-untyped-call]
+            (loss / count).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-        return total / valid
+        return total / count
 
     def clip_gradients(self) -> float:
         """Scale the gradient down to `clip_norm` where it is longer; return its norm before."""
@@ -124,25 +143,22 @@ class TrainStep:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._options.clip_norm, norm)
         return float(norm)
 
-    def _loss_sum(self, batch: Batch) -> Tensor:
-        tensors = (batch.tokens, batch.targets, batch.positions, batch.documents)
-        tokens, targets, positions, documents = (
-            t.to(self._device, non_blocking=True) for t in tensors
-        )
-        attention = self._attention(documents)
-        mixed = self._options.dtype != self._parameters[0].dtype
-        with torch.autocast(self._device.type, dtype=self._options.dtype, enabled=mixed):
-            hidden = self._model(tokens, positions, attention, self._run)
+    def hidden(self, model: Decoder, batch: Batch) -> Tensor:
+        """See `train.objective.Compute`."""
+        tensors = (batch.tokens, batch.positions, batch.documents)
+        tokens, positions, documents = (t.to(self._device, non_blocking=True) for t in tensors)
+        attention = self._attention(documents, model.config.sliding_window)
+        mixed = self.dtype != self._parameters[0].dtype
+        with torch.autocast(self._device.type, dtype=self.dtype, enabled=mixed):
+            return model(tokens, positions, attention, self._run)  # type: ignore[no-any-return]
+
+    def cross_entropy_sum(self, hidden: Tensor, output_weight: Tensor, targets: Tensor) -> Tensor:
+        """See `train.objective.Compute`."""
         return self._cross_entropy_sum(
-            hidden.flatten(0, 1),
-            self._model.output_weight,
-            targets.flatten(),
-            chunk_tokens=self._options.chunk_tokens,
-            dtype=self._options.dtype,
+            hidden, output_weight, targets, chunk_tokens=self.chunk_tokens, dtype=self.dtype
         )
 
-    def _attention(self, documents: Tensor) -> Attention:
-        window = self._model.config.sliding_window
+    def _attention(self, documents: Tensor, window: int | None) -> Attention:
         if self._device.type == "cpu" and documents.shape[1] <= _MATMUL_ATTENTION_TOKENS:
             return MatmulAttention(documents, window)
         if bool((documents == documents[:, :1]).all()):
