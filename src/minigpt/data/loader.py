@@ -22,7 +22,7 @@ class Batch:
     tokens: torch.Tensor
     """int64 token ids."""
     targets: torch.Tensor
-    """int64: the token that follows each; -1 would mean "not a target"."""
+    """int64: the token that follows each; -1 where that is not to be predicted."""
     positions: torch.Tensor
     """int64: restart at 0 with each document and each window."""
     documents: torch.Tensor
@@ -98,12 +98,17 @@ class BatchLoader:
         starts = windows * self.sequence_length
         length = self.sequence_length + 1
         stream = np.empty((self.batch_size, length), np.int64)
+        targets = np.empty((self.batch_size, self.sequence_length), np.int64)
         for row, start in enumerate(starts.tolist()):
             stream[row] = self.dataset.tokens(start, start + length)
+            targets[row] = stream[row, 1:]
+            mask = self.dataset.target_mask(start + 1, start + length)
+            if mask is not None:
+                targets[row, ~mask] = -1
         positions, documents = self._layout(starts)
         return Batch(
             tokens=torch.from_numpy(np.ascontiguousarray(stream[:, :-1])),
-            targets=torch.from_numpy(np.ascontiguousarray(stream[:, 1:])),
+            targets=torch.from_numpy(targets),
             positions=torch.from_numpy(positions),
             documents=torch.from_numpy(documents),
         )

@@ -28,6 +28,7 @@ from minigpt.core.storage import is_remote
 from minigpt.core.telemetry import get_logger, progress
 from minigpt.data.clean import Cleaner, CleaningReport
 from minigpt.data.config import DataConfig, TokenizerConfig
+from minigpt.data.examples import fill_examples, use_template, write_examples
 from minigpt.data.shards import (
     SPLITS,
     DatasetIndex,
@@ -79,16 +80,26 @@ def prepare(config: DataConfig, destination: str | Path) -> Artifact:
             stopwatch = _Stopwatch()
             with Spool(draft.path.parent) as spool:
                 report = CleaningReport()
-                fingerprint = _fill(spool, config, report)
+                is_text = config.source.content == "text"
+                fingerprint = (
+                    _fill(spool, config, report)
+                    if is_text
+                    else fill_examples(spool, config, report, lambda d: _key(d, config.seed))
+                )
                 split_of = _Splitter.plan(spool, config)
                 stopwatch.lap("clean")
                 tokenizer = existing or _train_tokenizer(config.tokenizer, spool, split_of)
                 stopwatch.lap("tokenizer")
-                index = _write_shards(draft.path, config, spool, split_of, tokenizer)
+                (draft.path / "tokenizer").mkdir()
+                tokenizer.copy_to(draft.path / "tokenizer")
+                use_template(tokenizer, config.chat, draft.path / "tokenizer")
+                index = (
+                    _write_shards(draft.path, config, spool, split_of, tokenizer)
+                    if is_text
+                    else write_examples(draft.path, config, spool, split_of, tokenizer, report)
+                )
                 stopwatch.lap("tokenize")
             write_index(draft.path, index)
-            (draft.path / "tokenizer").mkdir()
-            tokenizer.copy_to(draft.path / "tokenizer")
             draft.metrics |= {
                 **_size_metrics(index),
                 "cleaning": report.metrics(),

@@ -4,7 +4,9 @@ For each split, `<split>-00000.tokens`, ... hold the concatenated documents as r
 uint16 (vocabularies up to 65,536) or uint32, each shard but the last exactly `shard_tokens`
 long, so that a stream position's shard is a division away. `<split>.offsets` holds
 `num_documents + 1` little-endian int64 positions. `index.json` describes both. A stored
-document is the end-of-text token followed by its text's tokens.
+document is the end-of-text token followed by its text's tokens; or, where the content is not
+text, a conversation as its template renders it, and `<split>.targets` holds a byte for each
+token: 1 where a model is to learn to say it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import numpy.typing as npt
 from minigpt.core.config import Config, from_mapping
 from minigpt.core.errors import ArtifactError, ConfigError
 from minigpt.core.storage import write_atomic
+from minigpt.data.config import Content
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -47,6 +50,7 @@ class DatasetIndex(Config):
     shard_tokens: int
     vocab_size: int
     eos_token_id: int
+    content: Content = "text"
     splits: dict[Split, SplitIndex]
 
 
@@ -149,6 +153,9 @@ class TokenDataset:
             _map(directory / _shard_name(split, number), index.dtype, min(step, size.tokens - at))
             for number, at in enumerate(range(0, size.tokens, step))
         ]
+        self._targets: npt.NDArray[np.integer] | None = None
+        if index.content != "text":
+            self._targets = _map(directory / targets_name(split), "u1", size.tokens)
 
     @classmethod
     def open(cls, artifact_dir: str | Path, split: Split) -> TokenDataset:
@@ -199,6 +206,10 @@ class TokenDataset:
         ]
         return np.concatenate(parts)
 
+    def target_mask(self, start: int, stop: int) -> npt.NDArray[np.bool_] | None:
+        """Tell which tokens in [start, stop) are to be predicted; None where all are."""
+        return None if self._targets is None else self._targets[start:stop].astype(np.bool_)
+
     def document_of(self, positions: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Return the document that holds each stream position, any shape."""
         found = np.searchsorted(self._offsets, np.asarray(positions), side="right") - 1
@@ -231,6 +242,11 @@ def read_index(directory: Path) -> DatasetIndex:
         return from_mapping(DatasetIndex, tree)
     except ConfigError as error:
         raise ArtifactError(f"{source} is corrupt: {error}") from None
+
+
+def targets_name(split: Split) -> str:
+    """Return the name of the file that marks a split's targets."""
+    return f"{split}.targets"
 
 
 def _shard_name(split: Split, number: int) -> str:

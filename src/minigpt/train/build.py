@@ -17,11 +17,13 @@ from minigpt.core.errors import DataError, TrainingError
 from minigpt.core.machine import usable_cores
 from minigpt.core.manifest import Parent
 from minigpt.core.telemetry import get_logger
+from minigpt.data.example_loader import ExampleLoader
 from minigpt.data.loader import BatchLoader
 from minigpt.data.shards import TokenDataset
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.model.config import ModelConfig
 from minigpt.model.decoder import Decoder
+from minigpt.model.lora import add_adapters
 from minigpt.model.weights import DTYPES, LoadedModel, check_vocab, load_model
 from minigpt.train.allocator import keep_freed_memory
 from minigpt.train.config import TrainConfig
@@ -30,6 +32,13 @@ from minigpt.train.machine import (
     has_compiler,
     has_fast_bfloat16,
     measured_peak,
+)
+from minigpt.train.objectives import (
+    check_content,
+    check_tokenizer,
+    loader_class,
+    longest_example,
+    make_objective,
 )
 from minigpt.train.optimizer import Optimizer
 from minigpt.train.resolve import Facts, Resolved, resolve, with_steps
@@ -51,14 +60,13 @@ class Sources:
     validation: TokenDataset
     tokenizer: Tokenizer
     initial: LoadedModel | None
+    teacher: LoadedModel | None = None
 
     @property
     def parents(self) -> list[Artifact | Parent]:
         """What the run's checkpoints and its model come from."""
-        if self.initial is None or not is_artifact(self.initial.path):
-            return [self.dataset]
-        uri = str(self.initial.path)
-        return [self.dataset, Parent(id=self.initial.id, kind="model", uri=uri)]
+        models = [m for m in (self.initial, self.teacher) if m is not None and is_artifact(m.path)]
+        return [self.dataset, *(Parent(id=m.id, kind="model", uri=str(m.path)) for m in models)]
 
     @property
     def fingerprint(self) -> str:
@@ -72,19 +80,29 @@ def open_sources(config: TrainConfig, dataset: Artifact) -> Sources:
 
     Raises:
         DataError: The training split is empty.
-        ModelError: The weights to initialize from don't fit the dataset's tokenizer.
+        ConfigError: The dataset's content is not the objective's.
+        ModelError: The weights to initialize from, or the teacher, don't fit the tokenizer.
     """
     train = TokenDataset.open(dataset.path, "train")
     if train.num_documents == 0:
         raise DataError(
             f"{dataset.uri} has no training documents", remedy="prepare the dataset from more text"
         )
+    check_content(config.objective.kind, train.index.content, dataset.uri)
     tokenizer = Tokenizer.load(train.tokenizer_dir)
-    initial = None
-    if config.initialize_from is not None:
-        initial = load_model(config.initialize_from, dtype="float32")
-        check_vocab(initial.config, tokenizer.vocab_size)
-    return Sources(dataset, train, TokenDataset.open(dataset.path, "val"), tokenizer, initial)
+    initial, teacher = (
+        None if path is None else _load(path, tokenizer)
+        for path in (config.initialize_from, config.objective.teacher)
+    )
+    validation = TokenDataset.open(dataset.path, "val")
+    return Sources(dataset, train, validation, tokenizer, initial, teacher)
+
+
+def _load(path: str, tokenizer: Tokenizer) -> LoadedModel:
+    loaded = load_model(path, dtype="float32")
+    check_vocab(loaded.config, tokenizer.vocab_size)
+    check_tokenizer(loaded, tokenizer)
+    return loaded
 
 
 def use_machine(config: TrainConfig) -> None:
@@ -115,6 +133,8 @@ def resolve_for(config: TrainConfig, sources: Sources) -> Resolved:
         threads=torch.get_num_threads(),
         peak_flops=measured_peak(device, DTYPES[precision]),
         model=sources.initial.config if sources.initial else None,
+        examples=None if sources.train.index.content == "text" else sources.train.num_documents,
+        longest=longest_example(sources.train, sources.validation),
     )
     return resolve(config, facts)
 
@@ -126,7 +146,7 @@ class Build:
     model: Decoder
     optimizer: Optimizer
     step: TrainStep
-    loader: BatchLoader
+    loader: BatchLoader | ExampleLoader
     validator: Validator
 
 
@@ -135,7 +155,7 @@ def build(config: TrainConfig, model_config: ModelConfig, sources: Sources) -> B
     batch = config.batch
     assert isinstance(batch.sequence_length, int) and isinstance(batch.micro_batch_size, int)
     assert isinstance(batch.loss_chunk_tokens, int) and isinstance(config.compile, bool)
-    loader = BatchLoader(
+    loader = loader_class(sources.train)(
         sources.train,
         batch_size=batch.micro_batch_size,
         sequence_length=batch.sequence_length,
@@ -146,7 +166,10 @@ def build(config: TrainConfig, model_config: ModelConfig, sources: Sources) -> B
         model.load_state_dict(sources.initial.model.state_dict())
     else:
         model.init_weights(torch.Generator().manual_seed(config.seed))
+    if config.lora.rank:
+        add_adapters(model, config.lora, torch.Generator().manual_seed(config.seed))
     model.to(config.device)
+    objective = make_objective(config, model_config, sources.initial, sources.teacher)
     optimizer = Optimizer(model, config.optimizer)
     options = StepOptions(
         chunk_tokens=batch.loss_chunk_tokens,
@@ -161,8 +184,10 @@ def build(config: TrainConfig, model_config: ModelConfig, sources: Sources) -> B
         context_length=batch.sequence_length,
         dtype=config.precision,
         seed=config.seed,
+        objective=objective,
     )
-    return Build(model, optimizer, TrainStep(model, optimizer, options), loader, validator)
+    step = TrainStep(model, optimizer, options, objective)
+    return Build(model, optimizer, step, loader, validator)
 
 
 def fit_minutes(config: TrainConfig, parts: Build, clock: Clock, started: float) -> TrainConfig:

@@ -7,13 +7,13 @@ A recipe may leave almost everything at "auto": `train.resolve` derives those va
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from minigpt.core.config import Auto, Config
 from minigpt.data.config import DataConfig
-from minigpt.model.config import RopeScaling
+from minigpt.model.config import LoraConfig, RopeScaling
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -76,6 +76,44 @@ class BatchConfig(Config):
     """Rows per forward and backward pass; the rest of a global batch is accumulated."""
     loss_chunk_tokens: Count | Auto = "auto"
     """Tokens whose logits exist at once; auto keeps a chunk's logits near 64 MB."""
+
+
+class ObjectiveConfig(Config):
+    """What the run minimises."""
+
+    kind: Literal["pretrain", "sft", "dpo", "distill"] = "pretrain"
+    """pretrain: every next token, of texts. sft: the assistant's tokens alone, of conversations.
+    dpo: the chosen answer over the rejected, of preferences. distill: a teacher's distribution,
+    over texts or conversations."""
+    beta: float = Field(default=0.1, gt=0)
+    """dpo: how strongly the policy is held to the weights it starts from."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """dpo: the share of pairs thought to be labelled the wrong way round."""
+    teacher: str | None = None
+    """distill: a model artifact or Hugging Face directory with the student's tokenizer."""
+    divergence: Literal["forward-kl", "reverse-kl", "jsd"] = "forward-kl"
+    """distill: KL(teacher || student), KL(student || teacher), or Jensen-Shannon."""
+    temperature: float = Field(default=1.0, gt=0)
+    """distill: divides both models' logits in the divergence."""
+    distill_weight: float = Field(default=0.5, gt=0, le=1)
+    """distill: the divergence's weight; the rest is the text's own cross-entropy."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        users = {
+            "dpo": ("beta", "label_smoothing"),
+            "distill": ("teacher", "divergence", "temperature", "distill_weight"),
+        }
+        for kind, names in users.items():
+            for name in names:
+                value = getattr(self, name)
+                if self.kind != kind and value != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"objective.{name} = {value} is for kind {kind}, not {self.kind}"
+                    )
+        if self.kind == "distill" and self.teacher is None:
+            raise ValueError("objective.teacher is required for kind distill")
+        return self
 
 
 class OptimizerConfig(Config):
@@ -165,6 +203,10 @@ class TrainConfig(Config):
     """The architecture, where it is not to follow from `size`."""
     initialize_from: str | None = None
     """Start from these weights (model artifact or Hugging Face directory), not from random."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What the run minimises."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters to train in place of all weights."""
     steps: Count | Auto = "auto"
     """Optimizer updates; auto follows from max_tokens, minutes or `size`, the first given."""
     max_tokens: Count | None = None
@@ -193,3 +235,14 @@ class TrainConfig(Config):
     """Checkpoints."""
     trackers: TrackersConfig = TrackersConfig()
     """MLflow, TensorBoard, W&B."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.initialize_from is None:
+            for needs, name in (
+                (self.objective.kind == "dpo", "objective.kind = dpo"),
+                (self.lora.rank > 0, f"lora.rank = {self.lora.rank}"),
+            ):
+                if needs:
+                    raise ValueError(f"{name} tunes given weights: set initialize_from")
+        return self

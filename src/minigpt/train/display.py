@@ -11,6 +11,7 @@ from minigpt.core.telemetry import get_logger
 
 _LOG_SECONDS = 5.0
 _SMOOTHING = 0.9
+_OF_PREFERENCES = ("accuracy", "margin")
 
 Line = Mapping[str, Any]
 
@@ -73,6 +74,7 @@ class LogDisplay:
             step=line["step"],
             bits_per_byte=round(line["bits_per_byte"], 4),
             loss=round(line["loss"], 4),
+            **{key: round(line[key], 4) for key in _OF_PREFERENCES if key in line},
             sample=sample,
         )
 
@@ -116,6 +118,7 @@ class TerminalDisplay:
         from rich.text import Text
 
         text = f"step {line['step']:>6}  {line['bits_per_byte']:.4f} bits per byte (held out)"
+        text += "".join(f"  {key} {line[key]:.3f}" for key in _OF_PREFERENCES if key in line)
         self._console.print(Text(text, style="bold"))
         if sample:
             self._console.print(Text(sample.strip("\n"), style="dim"))

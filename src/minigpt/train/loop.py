@@ -15,6 +15,7 @@ from minigpt.core.clock import Clock
 from minigpt.core.errors import StorageError, TrainingError
 from minigpt.core.manifest import Parent
 from minigpt.core.telemetry import get_logger
+from minigpt.model.lora import trained_state
 from minigpt.train.build import Build
 from minigpt.train.checkpoint import CheckpointStore, TrainState
 from minigpt.train.config import TrainConfig
@@ -200,7 +201,7 @@ class TrainLoop:
         self._out.events.flush()
         checkpoint = self._out.store.save(
             self._with_best(),
-            model=self._parts.model.state_dict(),
+            model=trained_state(self._parts.model),
             optimizer=self._parts.optimizer.state_dict(),
             parents=self._parents,
         )

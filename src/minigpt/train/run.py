@@ -27,6 +27,7 @@ from minigpt.core.errors import ArtifactError, ConfigError, TrainingError
 from minigpt.core.storage import storage_errors, write_atomic
 from minigpt.core.telemetry import get_logger
 from minigpt.model.config import ModelConfig
+from minigpt.model.lora import load_trained_state
 from minigpt.model.weights import DTYPES
 from minigpt.train.build import (
     Build,
@@ -270,7 +271,7 @@ def _restore(
             before=state.environment,
             now=environment,
         )
-    parts.model.load_state_dict(checkpoint.model)
+    load_trained_state(parts.model, checkpoint.model)
     parts.optimizer.load_state_dict(checkpoint.optimizer)
     parts.loader.load_state(state.cursor)
     restore_rng(checkpoint)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from minigpt.core.errors import ModelError, RequestError
+from minigpt.data.chat_template import ChatTemplate
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.serve.chat import ChatTemplate
 
 CHATML = """\
 {% for message in messages %}{{ '<|endoftext|>' + message.role + '\\n' + message.content }}

@@ -1,0 +1,163 @@
+"""Batches of whole examples: conversations packed into rows, preferences pair by pair.
+
+Unlike the windows of `data.loader`, no row begins or ends inside an example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from minigpt.core.errors import DataError
+from minigpt.data.loader import Batch
+from minigpt.data.permutation import Permutation
+from minigpt.data.shards import TokenDataset
+
+
+class ExampleLoader:
+    """Deals out rows of whole examples, shuffled anew each epoch; the order holds no state.
+
+    Chat: examples are packed once, in an order drawn by the seed, each row taking as many as
+    fit; sample k of the global order is row `permutation(seed, epoch)(k)`. Preference: a row is
+    one answer, and rows 2j and 2j + 1 are the chosen and the rejected one of pair
+    `permutation(seed, epoch)(j)`, so that a batch of even size holds whole pairs. What a row has
+    left over is a document of its own without targets. The methods are `BatchLoader`'s.
+    """
+
+    def __init__(
+        self, dataset: TokenDataset, *, batch_size: int, sequence_length: int, seed: int
+    ) -> None:
+        """Plan the rows; reads no tokens.
+
+        Args:
+            dataset: One split of conversations or preferences.
+            batch_size: Rows a batch, B.
+            sequence_length: Tokens a row, T; an example of n tokens takes n of them.
+            seed: Chooses packing and order.
+
+        Raises:
+            DataError: An example is longer than a row, a batch would part a pair, or the split
+                has fewer rows than one batch.
+        """
+        assert dataset.index.content != "text"
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.next_sample = 0
+        lengths = np.diff(dataset.offsets)
+        longest = int(lengths.max(initial=0))
+        if longest > sequence_length:
+            raise DataError(
+                f"the longest example has {longest} tokens, a row only {sequence_length}",
+                remedy=f"set batch.sequence_length={longest} or more, or prepare the dataset "
+                f"with chat.max_tokens={sequence_length}",
+            )
+        if dataset.index.content == "preference":
+            self._group = 2
+            self._order = np.arange(dataset.num_documents)
+            self._starts = np.arange(dataset.num_documents + 1)
+        else:
+            self._group = 1
+            self._order = Permutation(len(lengths), f"{seed}/packing")(np.arange(len(lengths)))
+            self._starts = pack(lengths[self._order], sequence_length)
+        self.num_rows = len(self._starts) - 1
+        if batch_size % self._group:
+            raise DataError(
+                f"a batch of {batch_size} rows would part a pair", remedy="use an even batch size"
+            )
+        if self.num_rows < batch_size:
+            raise DataError(
+                f"the {dataset.split} split fills {self.num_rows} rows of {sequence_length} "
+                f"tokens, one batch takes {batch_size}",
+                remedy="lower the batch size or add examples",
+            )
+
+    def next_batch(self) -> Batch:
+        """Return the next rows and move on."""
+        first = self.next_sample
+        self.next_sample += self.batch_size
+        return self.batch_at(first)
+
+    def batch_at(self, first_sample: int) -> Batch:
+        """Return the batch whose first row is sample `first_sample`; changes nothing."""
+        shape = (self.batch_size, self.sequence_length)
+        tokens = np.full(shape, self.dataset.index.eos_token_id, np.int64)
+        targets = np.full(shape, -1, np.int64)
+        positions = np.zeros(shape, np.int64)
+        documents = np.zeros(shape, np.int32)
+        for row, members in enumerate(self.rows(first_sample, self.batch_size)):
+            at = 0
+            for number, document in enumerate(members.tolist()):
+                ids = self.dataset.document(document)
+                begin = int(self.dataset.offsets[document])
+                mask = self.dataset.target_mask(begin + 1, begin + len(ids))
+                end = at + len(ids)
+                tokens[row, at:end] = ids
+                targets[row, at : end - 1] = np.where(mask, ids[1:], -1)
+                positions[row, at:end] = np.arange(len(ids))
+                documents[row, at:end] = number
+                at = end
+            positions[row, at:] = np.arange(self.sequence_length - at)
+            documents[row, at:] = len(members)
+        return Batch(*map(torch.from_numpy, (tokens, targets, positions, documents)))
+
+    def rows(self, first_sample: int, count: int) -> list[npt.NDArray[np.int64]]:
+        """Return the documents of the rows at samples [first_sample, first_sample + count)."""
+        found = []
+        for sample in range(first_sample, first_sample + count):
+            unit, within = divmod(sample, self._group)
+            epoch, rank = divmod(unit, self.num_rows // self._group)
+            permutation = Permutation(self.num_rows // self._group, f"{self.seed}/{epoch}")
+            row = self._group * int(permutation([rank])[0]) + within
+            found.append(self._order[self._starts[row] : self._starts[row + 1]])
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """Return the cursor, and what must be equal for it to mean the same samples."""
+        return {"next_sample": self.next_sample, **self._identity()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state()`; the batch size may differ.
+
+        Raises:
+            DataError: The state is of another dataset, seed or sequence length.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                raise DataError(
+                    f"can't resume the data order: {name} was {state.get(name)}, now is {value}",
+                    remedy="resume with the values the run began with, or start a new run",
+                )
+        self.next_sample = int(state["next_sample"])
+
+    def _identity(self) -> dict[str, int]:
+        return {
+            "seed": self.seed,
+            "sequence_length": self.sequence_length,
+            "dataset_tokens": self.dataset.num_tokens,
+        }
+
+
+def pack(lengths: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.int64]:
+    """Fill rows one after the other, each until the next item would not fit.
+
+    Args:
+        lengths: (N,) items in their order, each at most `capacity`.
+        capacity: Of a row.
+
+    Returns:
+        (rows + 1,): row r holds items [starts[r], starts[r + 1]).
+    """
+    starts = [0]
+    room = capacity
+    for index, length in enumerate(lengths.tolist()):
+        if length > room:
+            starts.append(index)
+            room = capacity
+        room -= length
+    return np.asarray([*starts, len(lengths)], np.int64)
