@@ -83,6 +83,12 @@ def resolve(config: TrainConfig, facts: Facts) -> Resolved:
     """
     sequence_length = _choose(config.batch.sequence_length, _sequence_length(config, facts))
     overrides, model = _resolve_model(config, facts, sequence_length)
+    if facts.longest > model.context_length:
+        raise ConfigError(
+            f"the dataset's longest example has {facts.longest} tokens, the model's context "
+            f"{model.context_length}",
+            remedy=f"prepare the dataset with chat.max_tokens={model.context_length}",
+        )
     if sequence_length > model.context_length:
         raise ConfigError(
             f"batch.sequence_length = {sequence_length} exceeds the model's context of "
