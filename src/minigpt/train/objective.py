@@ -38,7 +38,10 @@ class Compute(Protocol):
         ...
 
     def cross_entropy_sum(self, hidden: Tensor, output_weight: Tensor, targets: Tensor) -> Tensor:
-        """See `cross_entropy_sum`; perhaps compiled."""
+        """Sum the cross-entropy over (B, T, C) hidden states and (B, T) targets.
+
+        See `cross_entropy_sum`; perhaps compiled, or over a vocabulary in shards.
+        """
         ...
 
 
@@ -67,8 +70,8 @@ class NextToken:
 
     def loss_sum(self, model: Decoder, batch: Batch, compute: Compute) -> Tensor:
         """Sum the cross-entropy, nats."""
-        hidden = compute.hidden(model, batch).flatten(0, 1)
-        targets = batch.targets.to(hidden.device, non_blocking=True).flatten()
+        hidden = compute.hidden(model, batch)
+        targets = batch.targets.to(hidden.device, non_blocking=True)
         return compute.cross_entropy_sum(hidden, model.output_weight, targets)
 
     def metrics(self) -> Mapping[str, float]:

@@ -155,7 +155,11 @@ class TrainStep:
     def cross_entropy_sum(self, hidden: Tensor, output_weight: Tensor, targets: Tensor) -> Tensor:
         """See `train.objective.Compute`."""
         return self._cross_entropy_sum(
-            hidden, output_weight, targets, chunk_tokens=self.chunk_tokens, dtype=self.dtype
+            hidden.flatten(0, 1),
+            output_weight,
+            targets.flatten(),
+            chunk_tokens=self.chunk_tokens,
+            dtype=self.dtype,
         )
 
     def _attention(self, documents: Tensor, window: int | None) -> Attention:
