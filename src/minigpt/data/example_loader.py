@@ -77,6 +77,11 @@ class ExampleLoader:
                 remedy="lower the batch size or add examples",
             )
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the split."""
+        return self.dataset.num_tokens
+
     def next_batch(self) -> Batch:
         """Return the next rows and move on."""
         first = self.next_sample
