@@ -150,8 +150,10 @@ def _sequence_length(config: TrainConfig, facts: Facts) -> int:
     by_size = 256 if config.size <= 6 else 512 if config.size <= 8 else 1024
     by_size = 2048 if config.size > 16 else by_size
     limits = [config.model.context_length, facts.model.context_length if facts.model else "auto"]
-    most = min([by_size, *(limit for limit in limits if isinstance(limit, int))])
-    return max(most, facts.longest)  # an example is never cut
+    by_limits = [limit for limit in limits if isinstance(limit, int)]
+    if config.objective.kind == "dpo" and facts.examples is not None:
+        return min([8 * math.ceil(facts.longest / 8), *by_limits])  # a row is one answer
+    return max(min([by_size, *by_limits]), facts.longest)  # an example is never cut
 
 
 def _resolve_model(
