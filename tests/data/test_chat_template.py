@@ -142,7 +142,8 @@ def test_a_turn_without_an_end_gets_one_and_later_turns_an_example_each(
 
 
 def test_a_template_that_rewrites_the_past_is_trained_as_it_is_served(tiny_model: Path) -> None:
-    source = CLOSED.replace("message.content +", "(message.content if loop.last else '...') +")
+    kept = "(message.content if loop.last or message.role != 'assistant' else '...')"
+    source = CLOSED.replace("message.content", kept)
     chat = template(tiny_model, source)
     first, second = chat.encode_turns(TALK)
     assert said(first) == [[*b"Hello <|endoftext|> you", EOT]]

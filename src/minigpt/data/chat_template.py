@@ -111,13 +111,12 @@ class ChatTemplate:
         whole = self._render(guarded, prompt=False)
         if not whole.startswith(prompt):
             raise _refusal("it renders an answer otherwise than after its own prompt")
-        rest = whole[len(prompt) :]
-        end, is_closed = self._end_of_answer(rest, guarded[-1]["content"].strip())
+        end, is_closed = self._end_of_turn(whole, len(prompt), self._end_of_text(guard, guarded))
         prompt_ids = self._tokens(guard, prompt)
-        ids = self._tokens(guard, prompt + rest[:end])
+        ids = self._tokens(guard, whole[:end])
         if ids[: len(prompt_ids)] != prompt_ids:
             # A token would span prompt and answer; served, the answer begins a token of its own.
-            ids = prompt_ids + self._tokens(guard, rest[:end], continues=True)
+            ids = prompt_ids + self._tokens(guard, whole[len(prompt) : end], continues=True)
         if not is_closed:
             assert self._tokenizer.eos_token_id is not None
             ids = [*ids, self._tokenizer.eos_token_id]
@@ -167,20 +166,35 @@ class ChatTemplate:
             ids += self._tokenizer.encode(part, allow_special=not from_message)
         return ids
 
-    def _end_of_answer(self, rest: str, content: str) -> tuple[int, bool]:
-        """Return where in `rest` the turn ends, and whether a special token closes it."""
-        at = rest.rfind(content)
-        begin = at + len(content) if at >= 0 else 0
+    def _end_of_text(self, guard: _Guard, messages: list[dict[str, str]]) -> int | None:
+        """Return where the last message's text ends in the rendered whole.
+
+        Found by rendering it once more with a mark there, as the text alone may occur again in
+        what the template adds. None where the template changes the text.
+        """
+        *before, last = messages
+        content = last["content"].rstrip()
+        marked = {**last, "content": content + guard.end + last["content"][len(content) :]}
+        place = self._render([*before, marked], prompt=False).find(guard.end)
+        return place if place >= 0 else None
+
+    def _end_of_turn(self, whole: str, start: int, text_end: int | None) -> tuple[int, bool]:
+        """Return where the turn that begins at `start` ends, and if a special token closes it.
+
+        That is the first special token after the text; where that end is unknown, the last one.
+        """
+        find = whole.rfind if text_end is None else whole.find
+        begin = start if text_end is None else text_end
         found = [
             (place, -len(token), place + len(token))
             for token in self._special_tokens
-            if token and (place := rest.find(token, begin) if at >= 0 else rest.rfind(token)) >= 0
+            if token and (place := find(token, begin)) >= 0
         ]
         if found:
-            return (min(found) if at >= 0 else max(found))[2], True
-        if at < 0:
+            return (max(found) if text_end is None else min(found))[2], True
+        if text_end is None:
             raise _refusal("it changes an answer's text, and no special token ends it")
-        return begin, False
+        return text_end, False
 
 
 class _Guard:
@@ -190,6 +204,8 @@ class _Guard:
         # Longest first: one token's spelling may contain another's.
         self._special_tokens = sorted(special_tokens, key=len, reverse=True)
         self._nonce = secrets.token_hex(16)
+        self.end = f"[{self._nonce}:end]"
+        """A mark that no message holds."""
         self._hidden: dict[str, str] = {}
 
     def messages(self, messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -98,7 +98,7 @@ class ExampleLoader:
         for row, members in enumerate(self.rows(first_sample, self.batch_size)):
             at = 0
             for number, document in enumerate(members.tolist()):
-                ids = self.dataset.document(document)
+                ids = self.dataset.document(document).astype(np.int64)
                 begin = int(self.dataset.offsets[document])
                 mask = self.dataset.target_mask(begin + 1, begin + len(ids))
                 end = at + len(ids)

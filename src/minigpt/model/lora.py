@@ -247,10 +247,10 @@ def load_adapter(directory: Path) -> Adapter:
         if (tree.get(key) or None) != (plain or None) and key in tree:
             raise ModelError(f"{directory / CONFIG}: {key} = {tree[key]!r} is not supported")
     targets = tree.get("target_modules") or []
-    unknown = sorted(set(targets) - set(get_args(Projection)))
-    if unknown or isinstance(targets, str):
+    named = [targets] if isinstance(targets, str) else targets
+    if unknown := sorted(set(named) - set(get_args(Projection))):
         raise ModelError(
-            f"{directory / CONFIG}: target_modules {unknown or targets!r} are not supported",
+            f"{directory / CONFIG}: target_modules {unknown} are not supported",
             remedy=f"adapters go on {', '.join(get_args(Projection))}",
         )
     try:
@@ -260,7 +260,7 @@ def load_adapter(directory: Path) -> Adapter:
                 "rank": tree.get("r"),
                 "alpha": tree.get("lora_alpha"),
                 "dropout": tree.get("lora_dropout", 0.0),
-                "targets": sorted(targets),
+                "targets": sorted(named),
             },
         )
     except ConfigError as error:
