@@ -122,7 +122,7 @@ def test_the_gradient_is_that_of_the_merged_weights() -> None:
     positions = torch.arange(16).expand(2, 16)
     for each in (model, merged):
         hidden = each(tokens, positions, CausalAttention())
-        each.logits(hidden).square().mean().backward()
+        each.logits(hidden).square().mean().backward()  # type: ignore[no-untyped-call]
     weights = dict(merged.named_parameters())
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
@@ -197,7 +197,7 @@ def test_models_without_the_target_are_refused() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 def test_peft_reads_the_files(tiny_model: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
+    from peft import PeftModel  # type: ignore[import-not-found]
     from transformers import AutoModelForCausalLM
 
     model = load_model(tiny_model).model

@@ -107,7 +107,7 @@ def test_a_frozen_projection_gets_no_gradient(frozen_weight: bool) -> None:
     hidden, weight, targets = _inputs(torch.float64)
     weight.requires_grad_(not frozen_weight)
     cross_entropy_sum(hidden, weight, targets, chunk_tokens=8).backward()  # type: ignore[no-untyped-call]
-    token_nll(hidden, weight, targets, chunk_tokens=8).sum().backward()
+    token_nll(hidden, weight, targets, chunk_tokens=8).sum().backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None and (weight.grad is None) == frozen_weight
 
 
@@ -117,5 +117,5 @@ def test_token_likelihoods_never_hold_the_full_logits() -> None:
     weight = torch.randn(vocab, width, requires_grad=True)
     targets = torch.randint(0, vocab, (tokens,))
     with _LargestTensor() as watch:  # type: ignore[no-untyped-call]
-        token_nll(hidden, weight, targets, chunk_tokens=chunk).sum().backward()
+        token_nll(hidden, weight, targets, chunk_tokens=chunk).sum().backward()  # type: ignore[no-untyped-call]
     assert watch.numel <= max(chunk * vocab, vocab * width, tokens * width)

@@ -101,6 +101,7 @@ class ExampleLoader:
                 ids = self.dataset.document(document).astype(np.int64)
                 begin = int(self.dataset.offsets[document])
                 mask = self.dataset.target_mask(begin + 1, begin + len(ids))
+                assert mask is not None
                 end = at + len(ids)
                 tokens[row, at:end] = ids
                 targets[row, at : end - 1] = np.where(mask, ids[1:], -1)

@@ -76,7 +76,8 @@ class LoraLinear(nn.Linear):
         if not self.enabled:
             return outputs
         dropped = F.dropout(inputs, self.dropout, self.training) if self.dropout else inputs
-        return outputs + self.scaling * self.lora_B(self.lora_A(dropped))
+        adapted: Tensor = self.lora_B(self.lora_A(dropped))
+        return outputs + self.scaling * adapted
 
     def merged_weight(self) -> Tensor:
         """Return the (O, I) weight that does both, computed in float32 at least."""
