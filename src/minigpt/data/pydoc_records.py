@@ -2,7 +2,7 @@
 
 A record's prompt is a function's signature and its answer the first line of its docstring. Real
 text by many authors, enough for a first fine-tuning, with nothing to download. For preferences
-the rejected answer is the summary of another function: right English, wrong function.
+the rejected answer has the same words in another order: a preference that a tiny model can learn.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def chat_records() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def preference_records() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield a place and {prompt, chosen, rejected} for each function."""
-    found = list(summaries())
-    others = list(found)
-    random.Random(0).shuffle(others)
-    for own, other in zip(found, others, strict=True):
-        record = {"prompt": own.signature, "chosen": own.text, "rejected": other.text}
-        yield own.where, record
+    for found in summaries():
+        words = found.text.removesuffix(".").split()
+        random.Random(found.text).shuffle(words)
+        rejected = " ".join(words) + "."
+        record = {"prompt": found.signature, "chosen": found.text, "rejected": rejected}
+        yield found.where, record
 
 
 def summaries() -> Iterator[Summary]:
