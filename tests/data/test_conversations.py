@@ -82,7 +82,7 @@ def test_the_standard_library_tells_what_its_functions_do() -> None:
     records = [record for _, record in preferences]
     assert all(record["prompt"].startswith("def ") for record in records)
     assert all(record["chosen"].endswith(".") for record in records)
-    assert sum(r["chosen"] == r["rejected"] for r in records) < 0.02 * len(records)
+    assert sum(r["chosen"] == r["rejected"] for r in records) < 0.05 * len(records)
     words = [[sorted(r[name][:-1].split()) for name in ("chosen", "rejected")] for r in records]
     assert all(chosen == rejected for chosen, rejected in words)
     for (where, chat), (same, record) in zip(islice(chat_records(), 50), preferences, strict=False):
