@@ -23,6 +23,7 @@ from minigpt.core.manifest import Parent
 from minigpt.core.telemetry import get_logger
 from minigpt.data.loader import Batch
 from minigpt.data.skip_list import SKIP_FILE, SkipList
+from minigpt.model.lora import trained_state
 from minigpt.train.anomaly import Action
 from minigpt.train.build import Build
 from minigpt.train.checkpoint import PendingSave, TrainState
@@ -370,7 +371,7 @@ class TrainLoop:
         self._out.metrics.flush()
         self._out.events.flush()
         return {
-            "model": self._parts.model.state_dict(),
+            "model": trained_state(self._parts.model),
             "optimizer": self._parts.optimizer.state_dict(),
             "parents": self._parents,
         }
