@@ -421,13 +421,16 @@ class TrainLoop:
             )
 
     def _with_best(self) -> TrainState:
-        """Return the state with this step as the best, where its validation says so."""
+        """Return a copy of the state, with this step as the best where its validation says so.
+
+        A copy, since a save in the background keeps it while training moves the state on.
+        """
         state, value = self.state, self.state.validation.get("bits_per_byte")
         best = state.best_bits_per_byte
         is_best = value is not None and (best is None or value < best)
         if is_best and state.validated_step == state.step:
             return replace(state, best_step=state.step, best_bits_per_byte=value)
-        return state
+        return replace(state)
 
     def _try_save(self) -> None:
         """Save, unless replicas differ; what can't be written is tried again later."""
