@@ -57,6 +57,40 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def example_datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Datasets of made-up conversations ("chat") and pairs ("preference") in bytes.
+
+    About 300 prompts; an answer to a prompt repeats its first noun, a rejected one does not.
+    """
+    import json
+
+    from minigpt.data.config import DataConfig
+    from minigpt.data.prepare import prepare
+
+    directory = tmp_path_factory.mktemp("examples")
+    rng = random.Random(0)
+    records = []
+    for _ in range(300):
+        prompt = english(rng, sentences=1).split(" because ")[0].strip()[:40]
+        noun = prompt.split()[2] if len(prompt.split()) > 2 else prompt
+        answer, other = f"I saw the {noun}.", f"It is {english(rng, sentences=1)[:20]}"
+        records.append(
+            {"prompt": prompt, "completion": answer, "chosen": answer, "rejected": other}
+        )
+    (directory / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    found = {}
+    for kind in ("chat", "preference"):
+        tree = {
+            "source": {"kind": kind, "paths": [str(directory / "records.jsonl")]},
+            "tokenizer": {"kind": "bytes"},
+            "chat": {"max_tokens": 96},
+            "val_fraction": 0.15,
+        }
+        found[kind] = prepare(DataConfig.model_validate(tree), directory / kind).path
+    return found
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model artifact: 2 layers in Qwen3's style, random fp32 weights, byte tokenizer.
 

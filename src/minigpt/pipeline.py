@@ -20,7 +20,7 @@ from minigpt.data.skip_list import SkipList
 from minigpt.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from minigpt.data.loader import BatchLoader
+    from minigpt.data.loader import SampleLoader
 
 
 def train_recipe(
@@ -88,7 +88,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> TrainConfi
     return _with_files(load_config(TrainConfig, recipe, overrides), Path(recipe).parent)
 
 
-def open_run_loader(run_dir: Path) -> tuple[TrainConfig, BatchLoader]:
+def open_run_loader(run_dir: Path) -> tuple[TrainConfig, SampleLoader]:
     """Return a run's resolved config and the loader that fed it, at its first sample.
 
     Raises:

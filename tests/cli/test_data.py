@@ -103,3 +103,21 @@ def test_prepare_on_ray_gives_the_same_files(recipe: Path, tmp_path: Path) -> No
         assert json.loads(made.stdout)["documents"] == 12
         files.append(json.loads((out / "manifest.json").read_text())["files"])
     assert files[0] == files[1]
+
+
+def test_conversations_are_prepared_and_their_mistakes_are_one_line(tmp_path: Path) -> None:
+    records = [{"prompt": f"What is {n}?", "completion": f"A number: {n}."} for n in range(30)]
+    path = tmp_path / "talk.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    prepare = ["data", "prepare", "--set", "source.kind=chat", "--set", f"source.paths=[{path}]"]
+    bytes_ = ["--set", "tokenizer.kind=bytes"]
+    made = minigpt(*prepare, *bytes_, "--out", str(tmp_path / "out"), "--json")
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout)["cleaning"]["counts"] == {"read": 30, "kept": 30}
+    path.write_text('{"prompt": "no answer"}\n')
+    refused = minigpt(*prepare, *bytes_, "--out", str(tmp_path / "other"))
+    assert refused.returncode == 2
+    assert "talk.jsonl:1 has neither messages" in refused.stderr
+    assert refused.stderr.count("\n") == 1 and not (tmp_path / "other").exists()
+    trained = minigpt(*prepare, "--out", str(tmp_path / "other"))
+    assert "takes the tokenizer of the model" in trained.stderr

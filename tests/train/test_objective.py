@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minigpt.train.objective import IGNORED_TARGET, cross_entropy_sum
+from minigpt.train.objective import IGNORED_TARGET, cross_entropy_sum, token_nll
 
 
 def _inputs(dtype: torch.dtype, tokens: int = 37) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,4 +81,41 @@ def test_full_logits_never_exist_forward_or_backward() -> None:
     targets = torch.randint(0, vocab, (tokens,))
     with _LargestTensor() as watch:  # type: ignore[no-untyped-call]
         cross_entropy_sum(hidden, weight, targets, chunk_tokens=chunk).backward()  # type: ignore[no-untyped-call]
+    assert watch.numel <= max(chunk * vocab, vocab * width, tokens * width)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 37, 1000])
+def test_token_likelihoods_and_their_gradients_equal_the_plain_ones(chunk_tokens: int) -> None:
+    hidden, weight, targets = _inputs(torch.float64)
+    weights = torch.linspace(-2, 3, len(targets), dtype=torch.float64)
+    found = token_nll(hidden, weight, targets, chunk_tokens=chunk_tokens)
+    plain = F.cross_entropy(
+        hidden @ weight.T, targets, reduction="none", ignore_index=IGNORED_TARGET
+    )
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-10)
+    pairs = zip(
+        torch.autograd.grad((weights * found).sum(), [hidden, weight]),
+        torch.autograd.grad((weights * plain).sum(), [hidden, weight]),
+        strict=True,
+    )
+    for left, right in pairs:
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("frozen_weight", [True, False])
+def test_a_frozen_projection_gets_no_gradient(frozen_weight: bool) -> None:
+    hidden, weight, targets = _inputs(torch.float64)
+    weight.requires_grad_(not frozen_weight)
+    cross_entropy_sum(hidden, weight, targets, chunk_tokens=8).backward()  # type: ignore[no-untyped-call]
+    token_nll(hidden, weight, targets, chunk_tokens=8).sum().backward()  # type: ignore[no-untyped-call]
+    assert hidden.grad is not None and (weight.grad is None) == frozen_weight
+
+
+def test_token_likelihoods_never_hold_the_full_logits() -> None:
+    tokens, vocab, width, chunk = 512, 1000, 8, 16
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    weight = torch.randn(vocab, width, requires_grad=True)
+    targets = torch.randint(0, vocab, (tokens,))
+    with _LargestTensor() as watch:  # type: ignore[no-untyped-call]
+        token_nll(hidden, weight, targets, chunk_tokens=chunk).sum().backward()  # type: ignore[no-untyped-call]
     assert watch.numel <= max(chunk * vocab, vocab * width, tokens * width)

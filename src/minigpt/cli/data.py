@@ -20,7 +20,7 @@ from minigpt.data.config import DataConfig
 
 if TYPE_CHECKING:
     from minigpt.core.artifact import Artifact
-    from minigpt.data.loader import BatchLoader
+    from minigpt.data.loader import SampleLoader
 
 app = typer.Typer()
 
@@ -59,9 +59,11 @@ def prepare(
     """Read, clean, deduplicate, split and tokenize text into a dataset artifact."""
     configure_logging(json=json)
     settings = load_config(DataConfig, config, overrides or [])
+    from minigpt.data.prepare import check_spreads
     from minigpt.data.prepare import prepare as prepare_dataset
 
     if on is Workers.RAY:
+        check_spreads(settings)  # before a cluster is looked for
         from minigpt.data.ray_prepare import RayWork
 
         with RayWork.connect() as work:
@@ -218,7 +220,7 @@ def _steps_done(run: Path, steps: list[int]) -> int:
     return max((line["step"] for line in read_metrics(run / METRICS_FILE)), default=saved)
 
 
-def _open_run(run: Path) -> tuple[BatchLoader, int]:
+def _open_run(run: Path) -> tuple[SampleLoader, int]:
     """Return a run's loader and how many micro-batches a step has."""
     from minigpt.pipeline import open_run_loader
 

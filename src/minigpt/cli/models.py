@@ -217,6 +217,56 @@ def export(
     emit(result, json=json, human=lambda: typer.echo(line))
 
 
+@app.command(
+    epilog="Example: minigpt models merge-adapter runs/base/model runs/lora/adapter models/merged"
+)
+def merge_adapter(
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The model that the adapter was trained on.")
+    ],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="An adapter artifact or a PEFT directory.")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Where to write the model artifact.")],
+    json: JsonOption = False,
+) -> None:
+    """Merge a LoRA adapter into its base; the result is a plain model. Sums are in float32."""
+    from minigpt.core.artifact import create_artifact, is_artifact, open_artifact
+    from minigpt.data.tokenizer import TOKENIZER_FILE
+    from minigpt.model.lora import load_adapter, merged_state
+    from minigpt.model.weights import load_model, save_model
+
+    loaded = load_model(base)
+    parents = [open_artifact(base, verify=False)] if is_artifact(loaded.path) else []
+    directory = Path(adapter)
+    if is_artifact(directory):
+        found = open_artifact(adapter, kind="adapter")
+        origins = [parent for parent in found.manifest.parents if parent.kind == "model"]
+        if origins and loaded.id not in [parent.id for parent in origins]:
+            raise ConfigError(
+                f"{adapter} was trained on {origins[0].uri} ({origins[0].id[:12]}), "
+                f"not on {base} ({loaded.id[:12]})",
+                remedy="merge it into that one",
+            )
+        parents.append(found)
+    read = load_adapter(directory)
+    read.apply(loaded.model)
+    recorded = {"merge": {"base": base, "adapter": adapter, "lora": read.config.model_dump()}}
+    with create_artifact(out, kind="model", parents=parents, config=recorded) as draft:
+        has_tokenizer = (loaded.path / TOKENIZER_FILE).is_file()
+        tokenizer_dir = loaded.path if has_tokenizer else None
+        save_model(draft.path, merged_state(loaded.model), loaded.config, tokenizer_dir)
+    assert draft.artifact is not None
+    result = {"uri": draft.artifact.uri, "id": draft.artifact.id, "rank": read.config.rank}
+    emit(
+        result,
+        json=json,
+        human=lambda: typer.echo(
+            f"{result['uri']}: rank {result['rank']} merged, id {draft.artifact.id[:12]}"  # type: ignore[union-attr]
+        ),
+    )
+
+
 def _registry(uri: str | None) -> Registry:
     from minigpt.release.registry import Registry
 

@@ -9,18 +9,34 @@ from pydantic import Field, model_validator
 from minigpt.core.config import Config
 
 Packing = Literal["windows", "best-fit"]
+Content = Literal["text", "chat", "preference"]
+"""What a dataset's documents are: texts, conversations with their answers marked, or pairs of
+neighbours, the chosen and the rejected answer to one prompt."""
 
 
 class SourceConfig(Config):
     """Where the text comes from. Files are read in the order of their sorted paths."""
 
-    kind: Literal["text", "jsonl", "parquet", "huggingface", "pystdlib"] = "text"
+    kind: Literal[
+        "text",
+        "jsonl",
+        "parquet",
+        "huggingface",
+        "pystdlib",
+        "chat",
+        "preference",
+        "pydoc-chat",
+        "pydoc-preference",
+    ] = "text"
     """text: files of text or code. jsonl: .jsonl, .jsonl.gz, .jsonl.zst, an object a line.
     parquet: .parquet files. huggingface: a dataset saved on disk, or a name on the hub.
-    pystdlib: the source files of the running Python's standard library, about 31 MB."""
+    pystdlib: the source files of the running Python's standard library, about 31 MB.
+    chat: conversations to fine-tune on, {messages: [{role, content}, ...]} or {prompt, completion}
+    a record, in .jsonl(.gz|.zst) or .parquet. preference: {prompt, chosen, rejected} likewise.
+    pydoc-chat, pydoc-preference: the standard library's functions with their summaries."""
     paths: tuple[str, ...] = ()
     """Files, directories or globs, local or any fsspec URL; for huggingface one directory or
-    hub name; for pystdlib none."""
+    hub name; for pystdlib and pydoc none."""
     suffixes: tuple[str, ...] = ()
     """text: read only files that end so, for example [.py, .md]; none is every file that is
     not hidden."""
@@ -36,11 +52,18 @@ class SourceConfig(Config):
     hub_revision: str | None = None
     """huggingface: a commit, tag or branch; name a commit to repeat the dataset exactly."""
 
+    @property
+    def content(self) -> Content:
+        """What a document of it is."""
+        named = self.kind.removeprefix("pydoc-")
+        return named if named in ("chat", "preference") else "text"  # type: ignore[return-value]
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.kind == "pystdlib" and self.paths:
-            raise ValueError("source.paths must be empty for kind pystdlib")
-        if self.kind != "pystdlib" and not self.paths:
+        is_built_in = self.kind.startswith("py")
+        if is_built_in and self.paths:
+            raise ValueError(f"source.paths must be empty for kind {self.kind}")
+        if not is_built_in and not self.paths:
             raise ValueError(f"source.paths is required for kind {self.kind}")
         if self.kind == "huggingface" and len(self.paths) != 1:
             raise ValueError("source.paths must be one directory or hub name for huggingface")
@@ -95,6 +118,19 @@ class TokenizerConfig(Config):
         return self
 
 
+class ChatConfig(Config):
+    """How conversations become tokens; for sources of chats and preferences alone."""
+
+    template: str | None = None
+    """A Jinja2 file; null is the tokenizer's own template, or plain turns where it has none."""
+    max_tokens: int = Field(default=1024, ge=2)
+    """Longest example. Training keeps each whole in a row, so that it must be no longer than
+    batch.sequence_length."""
+    too_long: Literal["drop", "truncate", "refuse"] = "drop"
+    """What becomes of longer ones. drop and truncate (at the end) are counted in the manifest; of
+    a preference both answers share the fate."""
+
+
 class DataConfig(Config):
     """A dataset, from raw text to token shards."""
 
@@ -110,12 +146,35 @@ class DataConfig(Config):
     unused where `val_source` is given."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
+    chat: ChatConfig = ChatConfig()
+    """How conversations are rendered and bounded."""
     shard_tokens: int = Field(default=1 << 26, ge=1)
     """Tokens a shard file."""
     seed: int = 0
     """Chooses which documents validate."""
     max_bytes: int | None = Field(default=None, ge=1)
     """Stop after this much cleaned text; null is all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        content = self.source.content
+        if self.val_source is not None and self.val_source.content != content:
+            raise ValueError(
+                f"val_source.kind = {self.val_source.kind} and source.kind = {self.source.kind} "
+                "differ in what a document is"
+            )
+        if content == "text":
+            if self.chat != ChatConfig():
+                raise ValueError(f"chat is for conversations, but source.kind = {self.source.kind}")
+            return self
+        if self.clean != CleanConfig():
+            raise ValueError(f"clean is for texts; source.kind = {self.source.kind} is kept as is")
+        if self.tokenizer.kind == "train":
+            raise ValueError(
+                f"source.kind = {self.source.kind} takes the tokenizer of the model that it is to "
+                "tune: set tokenizer.kind=file and tokenizer.path"
+            )
+        return self
 
 
 class WeightPoint(Config):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from minigpt.data.loader import BatchLoader
+from minigpt.core.errors import DataError
+from minigpt.data.loader import BatchLoader, SampleLoader
 from minigpt.data.tokenizer import Tokenizer
 
 _SHOWN_TOKENS = 40
@@ -37,7 +38,7 @@ class Fed(NamedTuple):
 
 
 def explain_step(
-    loader: BatchLoader, step: int, *, micro_batches: int, characters: int = 80
+    loader: SampleLoader, step: int, *, micro_batches: int, characters: int = 80
 ) -> Iterator[Fed]:
     """Yield what a step was fed with, micro-batch by micro-batch and row by row.
 
@@ -46,7 +47,15 @@ def explain_step(
         step: The optimizer step, from 0.
         micro_batches: Micro-batches of a global batch.
         characters: How much of each text to give.
+
+    Raises:
+        DataError: The run's data are no texts.
     """
+    if not isinstance(loader, BatchLoader):
+        raise DataError(
+            "only a run on texts can be explained: rows of whole examples are not listed yet",
+            remedy="use `minigpt data inspect` to look at the examples",
+        )
     tokenizer = Tokenizer.load(loader.sources[0].dataset.tokenizer_dir)
     size = loader.batch_size
     for micro_batch in range(micro_batches):

@@ -16,6 +16,8 @@ from minigpt.data.config import SourceConfig
 _SUFFIXES = {
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
     "parquet": (".parquet",),
+    "chat": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"),
+    "preference": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"),
 }
 
 

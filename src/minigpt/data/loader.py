@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,8 +43,8 @@ class Batch:
     tokens: torch.Tensor
     """int64 token ids."""
     targets: torch.Tensor
-    """int64: the token that follows each; -1 where there is nothing to predict: in padding and
-    in skipped documents."""
+    """int64: the token that follows each; -1 where there is nothing to predict: in padding, in
+    skipped documents, and where a conversation's target is not the assistant's."""
     positions: torch.Tensor
     """int64: restart at 0 with each document and each row."""
     documents: torch.Tensor
@@ -61,7 +62,118 @@ class Samples(NamedTuple):
     """The source's row."""
 
 
-class BatchLoader:
+class SampleLoader(ABC):
+    """Batches of a run's order of samples, whose content is a pure function of the position.
+
+    Attributes:
+        batch_size: Rows a batch, B.
+        sequence_length: Tokens a row, T.
+        seed: Chooses the order.
+        next_sample: Position in the run's order of the next batch's first row.
+        skip_list: What is left out.
+        datasets: One split each, by name.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, TokenDataset],
+        *,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        start_sample: int,
+        skip_list: SkipList | None,
+    ) -> None:
+        assert batch_size >= 1 and sequence_length >= 1 and start_sample >= 0
+        self.datasets = datasets
+        self.batch_size = batch_size
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.next_sample = start_sample
+        self.skip_list = skip_list or SkipList()
+        self._apply_skip_list()
+
+    @abstractmethod
+    def batch_at(self, first_sample: int) -> Batch:
+        """Return the batch whose first row is sample `first_sample`; changes nothing."""
+
+    @abstractmethod
+    def _apply_skip_list(self) -> None:
+        """Derive what depends on `skip_list`."""
+
+    @abstractmethod
+    def _identity(self, next_sample: int) -> dict[str, Any]:
+        """Return what must be equal for a cursor to mean the same samples."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all datasets."""
+        return sum(dataset.num_tokens for dataset in self.datasets.values())
+
+    def next_batch(self) -> Batch:
+        """Return the next rows and move on."""
+        first = self.next_sample
+        self.next_sample += self.batch_size
+        return self.batch_at(first)
+
+    def state(self) -> dict[str, Any]:
+        """Return the cursor, and what must be equal for it to mean the same samples."""
+        return {"next_sample": self.next_sample, **self._identity(self.next_sample)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state()`; the batch size may differ, and skips may have been added.
+
+        Raises:
+            DataError: The state is of other datasets, another seed, sequence length, packing or
+                mixture, or something is skipped now that came before.
+        """
+        next_sample = int(state["next_sample"])
+        for name, value in self._identity(next_sample).items():
+            if state.get(name) != value:
+                raise DataError(
+                    f"can't resume the data order: {name} was {state.get(name)}, now is {value}",
+                    remedy="resume with the values the run began with, or start a new run",
+                )
+        self.next_sample = next_sample
+
+    def use_skip_list(self, skip_list: SkipList) -> None:
+        """Skip what a longer list says, from the samples on at which its new entries begin.
+
+        Raises:
+            DataError: The list changes what came before the next sample.
+        """
+        first = self.next_sample
+        if first and skip_list.digest(first) != self.skip_list.digest(first):
+            raise DataError(
+                f"the skip list changes what comes before sample {first}",
+                remedy="roll the run back to before that",
+            )
+        self.skip_list = skip_list
+        self._apply_skip_list()
+
+    def document_entry(self, name: str, *, by_content: bool = False) -> SkippedDocument:
+        """Return what puts a document on a skip list.
+
+        Args:
+            name: `SOURCE:NUMBER`, or a number alone where there is one source.
+            by_content: Whether to find the document by the hash of its tokens, in any dataset.
+
+        Raises:
+            DataError: There is no such document.
+        """
+        source, _, number = name.rpartition(":")
+        source = source or (next(iter(self.datasets)) if len(self.datasets) == 1 else "")
+        dataset = self.datasets.get(source)
+        if dataset is None or not number.isdecimal() or int(number) >= dataset.num_documents:
+            known = ", ".join(f"{n}:0-{d.num_documents - 1}" for n, d in self.datasets.items())
+            raise DataError(f"no document {name!r} here, only {known}")
+        if not by_content:
+            return SkippedDocument(dataset=dataset.fingerprint, document=int(number))
+        tokens = dataset.document(int(number))
+        return SkippedDocument(sha256=document_sha256(tokens), tokens=len(tokens))
+
+
+class BatchLoader(SampleLoader):
     """Deals rows of one or several datasets out, each shuffled anew in each of its epochs.
 
     Example:
@@ -99,35 +211,24 @@ class BatchLoader:
             DataError: A dataset has no row, all have fewer than one batch, or they are of
                 different tokenizers.
         """
-        assert batch_size >= 1 and sequence_length >= 1 and start_sample >= 0
         named = {"data": dataset} if isinstance(dataset, TokenDataset) else dict(dataset)
-        self.batch_size = batch_size
-        self.sequence_length = sequence_length
-        self.seed = seed
         self.packing = packing
-        self.next_sample = start_sample
         self.mixture = mixture or Mixture([Stage(0, (1,) * len(named))])
         check_same_tokenizer(named)
-        self.skip_list = skip_list or SkipList()
-        self._datasets = named
-        self.sources = self._cut_sources()
+        super().__init__(
+            named,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            seed=seed,
+            start_sample=start_sample,
+            skip_list=skip_list,
+        )
         self._check_size()
 
     @property
     def num_rows(self) -> int:
         """Rows of all sources."""
         return sum(source.rows.num_rows for source in self.sources)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all sources."""
-        return sum(source.dataset.num_tokens for source in self.sources)
-
-    def next_batch(self) -> Batch:
-        """Return the next rows and move on."""
-        first = self.next_sample
-        self.next_sample += self.batch_size
-        return self.batch_at(first)
 
     def batch_at(self, first_sample: int) -> Batch:
         """Return the batch whose first row is sample `first_sample`; changes nothing."""
@@ -159,62 +260,6 @@ class BatchLoader:
             epochs[here], rows[here] = self.sources[number].shuffled(indices[here])
         return Samples(sources, epochs, rows)
 
-    def state(self) -> dict[str, Any]:
-        """Return the cursor, and what must be equal for it to mean the same samples."""
-        return {"next_sample": self.next_sample, **self._identity(self.next_sample)}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state()`; the batch size may differ, and skips may have been added.
-
-        Raises:
-            DataError: The state is of other datasets, another seed, sequence length, packing or
-                mixture, or something is skipped now that came before.
-        """
-        next_sample = int(state["next_sample"])
-        for name, value in self._identity(next_sample).items():
-            if state.get(name) != value:
-                raise DataError(
-                    f"can't resume the data order: {name} was {state.get(name)}, now is {value}",
-                    remedy="resume with the values the run began with, or start a new run",
-                )
-        self.next_sample = next_sample
-
-    def use_skip_list(self, skip_list: SkipList) -> None:
-        """Skip what a longer list says, from the samples on at which its new entries begin.
-
-        Raises:
-            DataError: The list changes what came before the next sample.
-        """
-        first = self.next_sample
-        if first and skip_list.digest(first) != self.skip_list.digest(first):
-            raise DataError(
-                f"the skip list changes what comes before sample {first}",
-                remedy="roll the run back to before that",
-            )
-        self.skip_list = skip_list
-        self.sources = self._cut_sources()
-
-    def document_entry(self, name: str, *, by_content: bool = False) -> SkippedDocument:
-        """Return what puts a document on a skip list.
-
-        Args:
-            name: `SOURCE:NUMBER`, or a number alone where there is one source.
-            by_content: Whether to find the document by the hash of its tokens, in any dataset.
-
-        Raises:
-            DataError: There is no such document.
-        """
-        source_name, _, number = name.rpartition(":")
-        source_name = source_name or (self.sources[0].name if len(self.sources) == 1 else "")
-        source = next((source for source in self.sources if source.name == source_name), None)
-        if source is None or not number.isdecimal() or int(number) >= source.dataset.num_documents:
-            known = ", ".join(f"{s.name}:0-{s.dataset.num_documents - 1}" for s in self.sources)
-            raise DataError(f"no document {name!r} here, only {known}")
-        if not by_content:
-            return SkippedDocument(dataset=source.dataset.fingerprint, document=int(number))
-        tokens = source.dataset.document(int(number))
-        return SkippedDocument(sha256=document_sha256(tokens), tokens=len(tokens))
-
     def _identity(self, next_sample: int) -> dict[str, Any]:
         return {
             "seed": self.seed,
@@ -233,14 +278,13 @@ class BatchLoader:
         content = json.dumps([sources, self.mixture.stages])
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def _cut_sources(self) -> list[Source]:
-        sources = []
-        for name, dataset in self._datasets.items():
+    def _apply_skip_list(self) -> None:
+        self.sources = []
+        for name, dataset in self.datasets.items():
             hidden, since = self.skip_list.hidden(dataset)
             rows = self._cut(dataset, left_out=hidden[since == 0])
-            key = str(self.seed) if len(self._datasets) == 1 else f"{self.seed}/{name}"
-            sources.append(Source(name, dataset, rows, key, hidden, since))
-        return sources
+            key = str(self.seed) if len(self.datasets) == 1 else f"{self.seed}/{name}"
+            self.sources.append(Source(name, dataset, rows, key, hidden, since))
 
     def _cut(self, dataset: TokenDataset, left_out: Integers) -> Rows:
         length = self.sequence_length

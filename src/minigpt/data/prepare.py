@@ -30,6 +30,7 @@ from minigpt.core.storage import is_remote
 from minigpt.core.telemetry import get_logger, progress
 from minigpt.data.clean import Cleaner, CleaningReport
 from minigpt.data.config import DataConfig, TokenizerConfig
+from minigpt.data.examples import fill_examples, use_template, write_examples
 from minigpt.data.shards import (
     SPLITS,
     DatasetIndex,
@@ -63,7 +64,7 @@ def prepare(config: DataConfig, destination: str | Path, work: Work | None = Non
         config: What to read and how.
         destination: A path or URL at which nothing may exist yet. A tokenizer that lies beside
             it already is used as the parent if it is the very same.
-        work: Who reads, cleans and tokenizes documents; by default this process.
+        work: Who reads, cleans and tokenizes texts; by default this process.
 
     Returns:
         The dataset; `TokenDataset.open(artifact.path, "train")` reads it.
@@ -73,10 +74,13 @@ def prepare(config: DataConfig, destination: str | Path, work: Work | None = Non
         ArtifactError: Something is in the way.
         StorageError: Full disk, no permission; nothing is left behind.
     """
+    is_text = config.source.content == "text"
+    if work is not None:
+        check_spreads(config)
+    work = work or LocalWork()
     beside = f"{str(destination).rstrip('/')}-tokenizer"
     _refuse_other_tokenizer(beside, config.tokenizer)
     existing = _existing_tokenizer(config.tokenizer)
-    work = work or LocalWork()
     parents: list[Artifact | Parent] = []  # read when the manifest is sealed
     created: Artifact | None = None
     try:
@@ -84,16 +88,25 @@ def prepare(config: DataConfig, destination: str | Path, work: Work | None = Non
             stopwatch = _Stopwatch()
             with Spool(draft.path.parent) as spool:
                 report = CleaningReport()
-                fingerprint = _fill(spool, config, report, work)
+                fingerprint = (
+                    _fill(spool, config, report, work)
+                    if is_text
+                    else fill_examples(spool, config, report, lambda d: _key(d, config.seed))
+                )
                 split_of = _Splitter.plan(spool, config)
                 stopwatch.lap("clean")
                 tokenizer = existing or _train_tokenizer(config.tokenizer, spool, split_of)
                 stopwatch.lap("tokenizer")
-                index = _write_shards(draft.path, config, spool, split_of, tokenizer, work)
+                (draft.path / "tokenizer").mkdir()
+                tokenizer.copy_to(draft.path / "tokenizer")
+                use_template(tokenizer, config.chat, draft.path / "tokenizer")
+                index = (
+                    _write_shards(draft.path, config, spool, split_of, tokenizer, work)
+                    if is_text
+                    else write_examples(draft.path, config, spool, split_of, tokenizer, report)
+                )
                 stopwatch.lap("tokenize")
             write_index(draft.path, index)
-            (draft.path / "tokenizer").mkdir()
-            tokenizer.copy_to(draft.path / "tokenizer")
             draft.metrics |= {
                 **_size_metrics(index),
                 "cleaning": report.metrics(),
@@ -110,6 +123,20 @@ def prepare(config: DataConfig, destination: str | Path, work: Work | None = Non
         raise
     assert draft.artifact is not None
     return draft.artifact
+
+
+def check_spreads(config: DataConfig) -> None:
+    """Refuse what only this process can prepare.
+
+    Raises:
+        DataError: The source is one of conversations or preferences.
+    """
+    if config.source.content != "text":
+        raise DataError(
+            f"source.kind = {config.source.kind} can't be prepared on a cluster: its workers clean "
+            "and tokenize texts, but conversations are rendered whole, in one process",
+            remedy="prepare it with --on local",
+        )
 
 
 class _Stopwatch:

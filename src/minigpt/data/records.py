@@ -14,7 +14,7 @@ from minigpt.core.errors import DataError, MinigptError
 from minigpt.core.storage import is_remote
 from minigpt.data.config import SourceConfig
 from minigpt.data.documents import RawDocument
-from minigpt.data.encoding import decode
+from minigpt.data.encoding import How, decode
 from minigpt.data.files import SourceFile
 
 _BLOCK = 1 << 20
@@ -27,6 +27,16 @@ def read_jsonl(file: SourceFile, field: str) -> Iterator[RawDocument]:
         DataError: A line is malformed or lacks the field (named as file:line), or the
             compressed stream is damaged.
     """
+    for where, record, how in jsonl_records(file):
+        yield RawDocument(where, _field(record, field, where), how)
+
+
+def jsonl_records(file: SourceFile) -> Iterator[tuple[str, dict[str, Any], How]]:
+    """Read an object a line: its place as file:line, the object, how its bytes were decoded.
+
+    Raises:
+        DataError: A line is malformed, or the compressed stream is damaged.
+    """
     path = file.path
     with file.filesystem.open(path, "rb") as raw:
         stream = _decompressed(raw, path)
@@ -35,7 +45,7 @@ def read_jsonl(file: SourceFile, field: str) -> Iterator[RawDocument]:
             for line in stream:
                 number += 1
                 if line.strip():
-                    yield _parse_line(line, f"{path}:{number}", field)
+                    yield _parse_line(line, f"{path}:{number}")
         except _broken_stream(path) as error:
             raise DataError(
                 f"{path} is truncated or corrupt after line {number}: {error}",
@@ -65,7 +75,7 @@ def _broken_stream(path: str) -> tuple[type[Exception], ...]:
     return ()
 
 
-def _parse_line(line: bytes, where: str, field: str) -> RawDocument:
+def _parse_line(line: bytes, where: str) -> tuple[str, dict[str, Any], How]:
     text, how = decode(line)
     try:
         record = json.loads(text)
@@ -75,7 +85,7 @@ def _parse_line(line: bytes, where: str, field: str) -> RawDocument:
         ) from None
     if not isinstance(record, dict):
         raise DataError(f"{where} holds a {type(record).__name__}, not an object")
-    return RawDocument(where, _field(record, field, where), how)
+    return where, record, how
 
 
 def _field(record: Mapping[str, Any], field: str, where: str) -> str:
@@ -101,6 +111,18 @@ def read_parquet(file: SourceFile, field: str) -> Iterator[RawDocument]:
     Raises:
         DataError: The file is no parquet file, is damaged, or lacks the column.
     """
+    for where, record in parquet_records(file, field):
+        yield RawDocument(where, _field(record, field, where))
+
+
+def parquet_records(
+    file: SourceFile, field: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read rows, of one column or of all: the place as file#row, and the row.
+
+    Raises:
+        DataError: As `read_parquet`.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -109,16 +131,16 @@ def read_parquet(file: SourceFile, field: str) -> Iterator[RawDocument]:
         try:
             table = pyarrow.parquet.ParquetFile(raw)
             names = table.schema_arrow.names
-            if field not in names:
+            if field is not None and field not in names:
                 raise DataError(
                     f"{path} has no column {field!r}, only {', '.join(map(repr, names))}",
                     remedy="set source.text_field",
                 )
             number = 0
-            for batch in table.iter_batches(batch_size=256, columns=[field]):
+            columns = None if field is None else [field]
+            for batch in table.iter_batches(batch_size=256, columns=columns):
                 for record in batch.to_pylist():
-                    where = f"{path}#{number}"
-                    yield RawDocument(where, _field(record, field, where))
+                    yield f"{path}#{number}", record
                     number += 1
         except (pyarrow.ArrowException, OSError) as error:
             message = " ".join(str(error).split())

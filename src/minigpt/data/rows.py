@@ -21,7 +21,7 @@ class RowTokens(NamedTuple):
 
     tokens: Integers
     targets: Integers
-    """The token that follows each; IGNORED_TARGET in padding."""
+    """The token that follows each; IGNORED_TARGET in padding and where it is not to be said."""
     positions: Integers
     """Restart at 0 with each document and each row."""
     documents: Integers
@@ -69,19 +69,14 @@ class WindowRows:
 
     def read(self, rows: Integers) -> RowTokens:
         starts = rows * self._length
-        stream = np.empty((len(rows), self._length + 1), np.int64)
+        tokens, targets = (np.empty((len(rows), self._length), np.int64) for _ in range(2))
         for row, start in enumerate(starts.tolist()):
-            stream[row] = self._dataset.tokens(start, start + self._length + 1)
+            tokens[row] = self._dataset.tokens(start, start + self._length)
+            targets[row] = _targets(self._dataset, start + 1, start + self._length + 1)
         positions = starts[:, None] + self._columns
         documents = self._dataset.document_of(positions)
         begins = np.maximum(self._dataset.offsets[documents], starts[:, None])
-        # Copies: each becomes a tensor of its own.
-        return RowTokens(
-            np.ascontiguousarray(stream[:, :-1]),
-            np.ascontiguousarray(stream[:, 1:]),
-            positions - begins,
-            documents,
-        )
+        return RowTokens(tokens, targets, positions - begins, documents)
 
     def segments(self, row: int) -> list[Segment]:
         first, end = row * self._length, (row + 1) * self._length
@@ -101,7 +96,7 @@ class WindowRows:
 class PackedRows:
     """Rows of whole documents by a `PackingPlan`, padded at the end.
 
-    A document's last token has end-of-text as its target, as in the stream.
+    A text's last token has end-of-text as its target, as in the stream.
     """
 
     def __init__(self, dataset: TokenDataset, sequence_length: int, plan: PackingPlan) -> None:
@@ -113,6 +108,7 @@ class PackedRows:
     def read(self, rows: Integers) -> RowTokens:
         shape = (len(rows), self._length)
         eos = self._dataset.index.eos_token_id
+        after_end = eos if self._dataset.content == "text" else IGNORED_TARGET
         filled = RowTokens(
             tokens=np.full(shape, eos, np.int64),
             targets=np.full(shape, IGNORED_TARGET, np.int64),
@@ -123,12 +119,11 @@ class PackedRows:
             column = 0
             for document, start, stop in self.segments(row):
                 end = column + stop - start
-                tokens = self._dataset.tokens(start, stop)
-                filled.tokens[place, column:end] = tokens
-                filled.targets[place, column : end - 1] = tokens[1:]
+                filled.tokens[place, column:end] = self._dataset.tokens(start, stop)
+                filled.targets[place, column : end - 1] = _targets(self._dataset, start + 1, stop)
                 cut = stop < self._dataset.offsets[document + 1]
                 filled.targets[place, end - 1] = (
-                    self._dataset.tokens(stop, stop + 1)[0] if cut else eos
+                    _targets(self._dataset, stop, stop + 1)[0] if cut else after_end
                 )
                 filled.positions[place, column:end] = np.arange(stop - start)
                 filled.documents[place, column:end] = document
@@ -145,3 +140,10 @@ class PackedRows:
     def starts(self, rows: Integers) -> Integers:
         pieces = [self._plan.pieces(row) for row in rows.tolist()]
         return np.concatenate([np.concatenate([starts, starts + size]) for starts, size in pieces])
+
+
+def _targets(dataset: TokenDataset, start: int, stop: int) -> Integers:
+    """Return tokens [start, stop) of the stream as targets, IGNORED_TARGET where they are none."""
+    tokens = dataset.tokens(start, stop).astype(np.int64)
+    mask = dataset.target_mask(start, stop)
+    return tokens if mask is None else np.where(mask, tokens, IGNORED_TARGET)

@@ -4,7 +4,9 @@ For each split, `<split>-00000.tokens`, ... hold the concatenated documents as r
 uint16 (vocabularies up to 65,536) or uint32, each shard but the last exactly `shard_tokens`
 long, so that a stream position's shard is a division away. `<split>.offsets` holds
 `num_documents + 1` little-endian int64 positions. `index.json` describes both. A stored
-document is the end-of-text token followed by its text's tokens.
+document is the end-of-text token followed by its text's tokens; or, where the content is not
+text, a conversation as its template renders it, and `<split>.targets` holds a byte for each
+token: 1 where a model is to learn to say it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from minigpt.core.config import Config, from_mapping
 from minigpt.core.errors import ArtifactError, ConfigError
 from minigpt.core.manifest import Manifest
 from minigpt.core.storage import is_remote, write_atomic
+from minigpt.data.config import Content
 from minigpt.data.remote import RemoteShards, is_remote_copy, open_remote
 
 Split = Literal["train", "val"]
@@ -52,6 +55,7 @@ class DatasetIndex(Config):
     shard_tokens: int
     vocab_size: int
     eos_token_id: int
+    content: Content = "text"
     splits: dict[Split, SplitIndex]
 
 
@@ -176,6 +180,9 @@ class TokenDataset:
                 _map(directory / name, index.dtype, min(step, size.tokens - number * step))
                 for number, name in enumerate(names)
             )
+        self._targets: npt.NDArray[np.integer] | None = None
+        if index.content != "text":
+            self._targets = _map(directory / targets_name(split), "u1", size.tokens)
 
     @classmethod
     def open(cls, artifact_dir: str | Path, split: Split) -> TokenDataset:
@@ -195,6 +202,11 @@ class TokenDataset:
         if split not in index.splits:
             raise ArtifactError(f"dataset {directory} has no split {split!r}, only train and val")
         return cls(directory, split, index)
+
+    @property
+    def content(self) -> Content:
+        """What a document is."""
+        return self.index.content
 
     @property
     def is_remote(self) -> bool:
@@ -253,6 +265,10 @@ class TokenDataset:
         inside = np.minimum(np.asarray(positions), self.num_tokens - 1)
         self._shards.prefetch(np.unique(inside // self.index.shard_tokens).tolist())
 
+    def target_mask(self, start: int, stop: int) -> npt.NDArray[np.bool_] | None:
+        """Tell which tokens in [start, stop) are to be predicted; None where all are."""
+        return None if self._targets is None else self._targets[start:stop].astype(np.bool_)
+
     def document_of(self, positions: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Return the document that holds each stream position, any shape."""
         found = np.searchsorted(self._offsets, np.asarray(positions), side="right") - 1
@@ -293,6 +309,11 @@ def read_index(directory: Path) -> DatasetIndex:
         return from_mapping(DatasetIndex, tree)
     except ConfigError as error:
         raise ArtifactError(f"{source} is corrupt: {error}") from None
+
+
+def targets_name(split: Split) -> str:
+    """Return the name of the file that marks a split's targets."""
+    return f"{split}.targets"
 
 
 def _shard_name(split: Split, number: int) -> str:

@@ -6,6 +6,7 @@ downloaded models. Making new ones is `data.tokenizer_build`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -31,6 +32,7 @@ _OPTIONAL_FILES = (CONFIG_FILE, TEMPLATE_FILE, "special_tokens_map.json")
 
 # The names under which model families keep their end of text, for files without a config.
 _KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+_DECIDING = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 _INVALID_UTF8 = re.compile("([\udc80-\udcff]+)")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -226,6 +228,13 @@ class Tokenizer:
     def covers_bytes(self) -> bool:
         """Tell whether every byte has a token, so that no text becomes "unknown"."""
         return all(token_id is not None for token_id in self._byte_ids)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides which ids a text gets; equal for equal tokenizers."""
+        tree = json.loads(self._backend.to_str())
+        deciding = {name: tree[name] for name in _DECIDING}
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def _special_backend(self) -> Backend:

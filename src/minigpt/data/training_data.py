@@ -14,8 +14,9 @@ import numpy.typing as npt
 from minigpt.core.artifact import Artifact, open_artifact
 from minigpt.core.errors import DataError
 from minigpt.core.storage import is_remote
-from minigpt.data.config import DataConfig, MixtureConfig, Packing
-from minigpt.data.loader import BatchLoader, check_same_tokenizer
+from minigpt.data.config import Content, DataConfig, MixtureConfig, Packing
+from minigpt.data.example_loader import ExampleLoader
+from minigpt.data.loader import BatchLoader, SampleLoader, check_same_tokenizer
 from minigpt.data.mixture import build_mixture
 from minigpt.data.remote import open_remote
 from minigpt.data.shards import TokenDataset
@@ -26,9 +27,14 @@ SINGLE = "data"
 
 
 class Documents(Protocol):
-    """Held-out documents by number."""
+    """Held-out documents by number; those of examples are one `TokenDataset`'s."""
 
     num_documents: int
+
+    @property
+    def content(self) -> Content:
+        """What a document is."""
+        ...
 
     def document(self, i: int) -> npt.NDArray[np.integer]:
         """Return document `i`'s tokens, the leading end-of-text token included."""
@@ -50,6 +56,30 @@ class TrainingData:
     def num_tokens(self) -> int:
         """Training tokens of all sources."""
         return sum(dataset.num_tokens for dataset in self.train.values())
+
+    @property
+    def content(self) -> Content:
+        """What a document is; of a mixture a text."""
+        return next(iter(self.train.values())).content
+
+    @property
+    def num_examples(self) -> int | None:
+        """Documents to train on where they are kept whole: conversations, answers; else None."""
+        if self.content == "text":
+            return None
+        return sum(dataset.num_documents for dataset in self.train.values())
+
+    @property
+    def longest_example(self) -> int:
+        """Tokens of the longest conversation or answer, of either split; 0 for texts."""
+        if self.content == "text":
+            return 0
+        splits = [*self.train.values(), self.validation]
+        return max(
+            int(np.diff(split.offsets).max(initial=0))
+            for split in splits
+            if isinstance(split, TokenDataset)
+        )
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -78,21 +108,30 @@ class TrainingData:
         seed: int,
         packing: Packing = "windows",
         skip_list: SkipList | None = None,
-    ) -> BatchLoader:
-        """Return the loader of a run's global sample order.
+    ) -> SampleLoader:
+        """Return the loader of a run's global sample order, by what the documents are.
 
         Args:
             batch_size: Rows a micro-batch.
             sequence_length: Tokens a row.
             samples_per_step: Rows a global batch, by which schedules in steps count.
             seed: Chooses the order.
-            packing: How documents become rows.
+            packing: How texts become rows; conversations and answers are always kept whole.
             skip_list: What is left out.
 
         Raises:
-            DataError: A dataset is too small.
+            DataError: A dataset is too small, or an example too long.
             ConfigError: The mixture's weights are all zero somewhere.
         """
+        if self.content != "text":
+            (dataset,) = self.train.values()
+            return ExampleLoader(
+                dataset,
+                batch_size=batch_size,
+                sequence_length=sequence_length,
+                seed=seed,
+                skip_list=skip_list,
+            )
         mixture = None
         if self.mixture is not None:
             mixture = build_mixture(
@@ -127,7 +166,8 @@ def open_training_data(data: str | DataConfig | MixtureConfig, first: Artifact) 
         first: The dataset it names, opened; of a mixture the first source's.
 
     Raises:
-        DataError: A dataset has no training documents, or the tokenizers differ.
+        DataError: A dataset has no training documents, the tokenizers differ, or a mixture's
+            documents are no texts.
         ArtifactError: A source of the mixture is missing or damaged.
     """
     mixture = data if isinstance(data, MixtureConfig) else None
@@ -143,6 +183,12 @@ def open_training_data(data: str | DataConfig | MixtureConfig, first: Artifact) 
                 f"{artifacts[name].uri} has no training documents",
                 remedy="prepare the dataset from more text",
             )
+        if mixture is not None and dataset.content != "text":
+            raise DataError(
+                f"{name} ({artifacts[name].uri}) is a dataset of {dataset.content}, but only texts "
+                "can be mixed: rows of examples depend on all that are packed together",
+                remedy="prepare the examples of all sources as one dataset",
+            )
     check_same_tokenizer(train)
     held_out = [TokenDataset.open(found.path, "val") for found in artifacts.values()]
     validation = held_out[0] if len(held_out) == 1 else _Joined(held_out)
@@ -150,7 +196,9 @@ def open_training_data(data: str | DataConfig | MixtureConfig, first: Artifact) 
 
 
 class _Joined:
-    """Several splits' documents, numbered on from one to the next."""
+    """Several splits' texts, numbered on from one to the next."""
+
+    content: Content = "text"
 
     def __init__(self, datasets: Sequence[TokenDataset]) -> None:
         self._datasets = datasets

@@ -28,6 +28,38 @@ class RopeScaling(Config):
     """llama3: context length before scaling."""
 
 
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoraConfig(Config):
+    """Low-rank adapters beside frozen weights (https://arxiv.org/abs/2106.09685)."""
+
+    rank: int = Field(default=0, ge=0)
+    """Inner width of an adapter; 0 has none and trains all weights."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The adapters' product is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that is dropped in training."""
+    targets: tuple[Projection, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Which of each layer's projections get an adapter."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(
+                f"lora.targets = {self.targets}: name each projection once, at least one"
+            )
+        return self
+
+
 @dataclass(frozen=True)
 class ParameterCounts:
     """How many parameters a decoder has."""

@@ -89,12 +89,12 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_shard_byte
         filled += tensor.nbytes
     with storage_errors(f"write {directory}"):
         if len(shards) == 1:
-            _write(directory / SINGLE, shards[0])
+            write_file(directory / SINGLE, shards[0])
             return
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            _write(directory / file_name, shard)
+            write_file(directory / file_name, shard)
             weight_map |= dict.fromkeys(shard, file_name)
         total = sum(t.nbytes for shard in shards for t in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -102,7 +102,12 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_shard_byte
         (directory / INDEX).write_text(text, encoding="utf-8")
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file of tensors that are contiguous and on the CPU.
+
+    Raises:
+        StorageError: A full disk.
+    """
     try:
         save_file(tensors, path, metadata={"format": "pt"})  # transformers refuses it without
     except SafetensorError as error:

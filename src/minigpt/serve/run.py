@@ -184,8 +184,8 @@ class _ApiServer:
         self._log.info("stopped")
 
     def _build_service(self) -> Service:
+        from minigpt.data.chat_template import ChatTemplate
         from minigpt.data.tokenizer import Tokenizer
-        from minigpt.serve.chat import ChatTemplate
         from minigpt.serve.service import Service
 
         tokenizer = Tokenizer.load(self._path)

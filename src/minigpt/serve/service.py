@@ -19,9 +19,9 @@ from minigpt.api.openai import (
 from minigpt.api.openai_responses import Model
 from minigpt.api.requests import Ready, Request, SamplingParams
 from minigpt.core.errors import RequestError
+from minigpt.data.chat_template import ChatTemplate
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.engine.validate import check_request
-from minigpt.serve.chat import ChatTemplate
 from minigpt.serve.engine_client import EngineClient, Generation
 
 _DEFAULT_COMPLETION_TOKENS = 16

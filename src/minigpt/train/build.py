@@ -15,12 +15,13 @@ from minigpt.core.errors import TrainingError
 from minigpt.core.machine import usable_cores
 from minigpt.core.manifest import Parent
 from minigpt.core.telemetry import get_logger
-from minigpt.data.loader import Batch, BatchLoader
+from minigpt.data.loader import Batch, SampleLoader
 from minigpt.data.skip_list import SkipList
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.data.training_data import Documents, TrainingData, open_training_data
 from minigpt.model.config import ModelConfig
 from minigpt.model.decoder import Decoder
+from minigpt.model.lora import add_adapters
 from minigpt.model.weights import LoadedModel, check_vocab, load_model
 from minigpt.train.allocator import keep_freed_memory
 from minigpt.train.config import MeshConfig, TrainConfig
@@ -34,6 +35,7 @@ from minigpt.train.machine import (
 )
 from minigpt.train.memory import check_fits, describe_workload, layers_to_recompute
 from minigpt.train.mesh import AXES, Mesh, check_model
+from minigpt.train.objectives import check_content, check_tokenizer, make_objective
 from minigpt.train.optimizer import Optimizer
 from minigpt.train.parallelize import check_compression, gathered, spread
 from minigpt.train.pipeline_parallel import Stage, count_pieces
@@ -58,15 +60,14 @@ class Sources:
     validation: Documents
     tokenizer: Tokenizer
     initial: LoadedModel | None
+    teacher: LoadedModel | None = None
 
     @property
     def parents(self) -> list[Artifact | Parent]:
         """What the run's checkpoints and its model come from."""
-        datasets = list(self.train.artifacts.values())
-        if self.initial is None or not is_artifact(self.initial.path):
-            return [*datasets]
-        uri = str(self.initial.path)
-        return [*datasets, Parent(id=self.initial.id, kind="model", uri=uri)]
+        models = [m for m in (self.initial, self.teacher) if m is not None and is_artifact(m.path)]
+        weights = [Parent(id=m.id, kind="model", uri=str(m.path)) for m in models]
+        return [*self.train.artifacts.values(), *weights]
 
     @property
     def fingerprint(self) -> str:
@@ -79,15 +80,24 @@ def open_sources(config: TrainConfig, dataset: Artifact) -> Sources:
 
     Raises:
         DataError: A training split is empty, or a mixture's tokenizers differ.
-        ModelError: The weights to initialize from don't fit the dataset's tokenizer.
+        ConfigError: The dataset's content is not the objective's.
+        ModelError: The weights to initialize from, or the teacher, don't fit the tokenizer.
     """
     train = open_training_data(config.data, dataset)
+    check_content(config.objective.kind, train.content, train.uri)
     tokenizer = Tokenizer.load(train.tokenizer_dir)
-    initial = None
-    if config.initialize_from is not None:
-        initial = load_model(config.initialize_from, dtype="float32")
-        check_vocab(initial.config, tokenizer.vocab_size)
-    return Sources(train, train.validation, tokenizer, initial)
+    initial, teacher = (
+        None if path is None else _load(path, tokenizer)
+        for path in (config.initialize_from, config.objective.teacher)
+    )
+    return Sources(train, train.validation, tokenizer, initial, teacher)
+
+
+def _load(path: str, tokenizer: Tokenizer) -> LoadedModel:
+    loaded = load_model(path, dtype="float32")
+    check_vocab(loaded.config, tokenizer.vocab_size)
+    check_tokenizer(loaded, tokenizer)
+    return loaded
 
 
 def use_machine(config: TrainConfig) -> None:
@@ -127,6 +137,8 @@ def resolve_for(config: TrainConfig, sources: Sources) -> Resolved:
         threads=torch.get_num_threads(),
         peak_flops=measured_peak(device, product_dtype(precision)),
         model=sources.initial.config if sources.initial else None,
+        examples=sources.train.num_examples,
+        longest=sources.train.longest_example,
     )
     resolved = resolve(config, facts)
     check_mesh(resolved.config, resolved.model)
@@ -170,7 +182,7 @@ def micro_batches(config: TrainConfig) -> int:
     return batch.tokens_per_step // (batch.sequence_length * batch.micro_batch_size)
 
 
-def take_batches(loader: BatchLoader, mesh: Mesh, count: int) -> list[Batch]:
+def take_batches(loader: SampleLoader, mesh: Mesh, count: int) -> list[Batch]:
     """Move a loader past a global batch of `count` micro-batches; return this data rank's."""
     first = loader.next_sample
     loader.next_sample += count * loader.batch_size
@@ -185,7 +197,7 @@ class Build:
     """Spread over the mesh: its parameters may be shards."""
     optimizer: Optimizer
     step: TrainStep
-    loader: BatchLoader
+    loader: SampleLoader
     validator: Validator
     mesh: Mesh
 
@@ -199,7 +211,7 @@ class Build:
         return gathered(self.model, self.mesh)
 
 
-def build_loader(config: TrainConfig, data: TrainingData) -> BatchLoader:
+def build_loader(config: TrainConfig, data: TrainingData) -> SampleLoader:
     """Make the loader of a resolved config, at its first sample."""
     batch = config.batch
     assert isinstance(batch.sequence_length, int) and isinstance(batch.micro_batch_size, int)
@@ -235,7 +247,10 @@ def build(
         model.load_state_dict(sources.initial.model.state_dict())
     else:
         model.init_weights(torch.Generator().manual_seed(config.seed))
+    if config.lora.rank:
+        add_adapters(model, config.lora, torch.Generator().manual_seed(config.seed))
     model.to(config.device)
+    objective = make_objective(config, model_config, sources.initial, sources.teacher)
     dtype = product_dtype(config.precision)
     if config.precision == "float8":
         use_float8(model)
@@ -247,7 +262,8 @@ def build(
         clip_norm=config.optimizer.clip_norm,
         compile=config.compile,
         memory=config.memory,
-        router_bias_rate=config.optimizer.router_bias_rate,
+        # Beside adapters all else is frozen, and not saved.
+        router_bias_rate=0.0 if config.lora.rank else config.optimizer.router_bias_rate,
     )
     validator = Validator(
         sources.validation,
@@ -256,8 +272,9 @@ def build(
         context_length=batch.sequence_length,
         dtype=str(dtype).removeprefix("torch."),
         seed=config.seed,
+        objective=objective,
     )
-    step = TrainStep(laid.model, optimizer, options, spread=laid)
+    step = TrainStep(laid.model, optimizer, options, objective, spread=laid)
     return Build(laid.model, optimizer, step, loader, validator, mesh)
 
 

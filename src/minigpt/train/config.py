@@ -15,7 +15,8 @@ from pydantic import Field, field_validator, model_validator
 from minigpt.core.config import Auto, Config, from_mapping
 from minigpt.data.config import DataConfig, MixtureConfig, Packing
 from minigpt.data.skip_list import SkipList
-from minigpt.model.config import RopeScaling
+from minigpt.model.config import LoraConfig, RopeScaling
+from minigpt.train.objective_config import ObjectiveConfig, check_tuning
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -340,6 +341,10 @@ class TrainConfig(Config):
     """The architecture, where it is not to follow from `size`."""
     initialize_from: str | None = None
     """Start from these weights (model artifact or Hugging Face directory), not from random."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What the run minimises."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters to train in place of all weights."""
     steps: Count | Auto = "auto"
     """Optimizer updates; auto follows from max_tokens, minutes or `size`, the first given."""
     max_tokens: Count | None = None
@@ -383,3 +388,8 @@ class TrainConfig(Config):
         if isinstance(value, Mapping) and "mixture" in value:
             return from_mapping(MixtureConfig, value, origin="data")
         return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_tuning(self)
+        return self

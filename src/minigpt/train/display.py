@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _LOG_SECONDS = 5.0
 _SMOOTHING = 0.9
+_OF_PREFERENCES = ("accuracy", "margin")
 
 Line = Mapping[str, Any]
 
@@ -82,6 +83,7 @@ class LogDisplay:
             "step",
             step=f"{line['step']}/{self._steps}",
             loss=round(line["loss"], 4),
+            **{key: round(line[key], 4) for key in _OF_PREFERENCES if key in line},
             tokens_per_second=round(line["tokens_per_second"]),
             mfu=f"{line['mfu']:.1%}",
             goodput=f"{line['goodput']:.1%}",
@@ -94,6 +96,7 @@ class LogDisplay:
             step=line["step"],
             bits_per_byte=round(line["bits_per_byte"], 4),
             loss=round(line["loss"], 4),
+            **{key: round(line[key], 4) for key in _OF_PREFERENCES if key in line},
             sample=sample,
         )
 
@@ -129,6 +132,7 @@ class TerminalDisplay:
 
         self._bits = line["bits_per_byte"]
         text = f"step {line['step']:>6}  {line['bits_per_byte']:.4f} bits per byte (held out)"
+        text += "".join(f"  {key} {line[key]:.3f}" for key in _OF_PREFERENCES if key in line)
         self._console.print(Text(text, style="bold"))
         if sample:
             self._console.print(Text(sample.strip("\n"), style="dim"))

@@ -15,10 +15,13 @@ from minigpt.core.artifact import Artifact, create_artifact, is_artifact, open_a
 from minigpt.core.manifest import Parent
 from minigpt.core.storage import write_atomic
 from minigpt.model.decoder import Decoder
+from minigpt.model.lora import has_adapters, merged_state, save_adapter
 from minigpt.model.weights import save_model
 from minigpt.train.checkpoint import TrainState
 from minigpt.train.config import TrainConfig
 from minigpt.train.metrics import read_metrics
+
+ADAPTER_DIRECTORY = "adapter"
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
@@ -40,12 +43,33 @@ def save_final_model(
     metrics: Mapping[str, Any],
     parents: Sequence[Artifact | Parent],
 ) -> Artifact:
-    """Write the model artifact, or open the one that a killed end of the run already wrote."""
+    """Write the model artifact, or open the one that a killed end of the run already wrote.
+
+    Adapters are written beside it as an artifact of their own; the model has them merged, so that
+    what is evaluated and served is a plain model.
+    """
     if is_artifact(destination):
         return open_artifact(destination, kind="model")
+    if has_adapters(model):
+        adapter = _save_adapter(destination.with_name(ADAPTER_DIRECTORY), model, config, parents)
+        parents = [*parents, adapter]
     with create_artifact(destination, kind="model", parents=parents, config=config) as draft:
-        save_model(draft.path, model, model.config, tokenizer_dir)
+        save_model(draft.path, merged_state(model), model.config, tokenizer_dir)
         draft.metrics = dict(metrics)
+    assert draft.artifact is not None
+    return draft.artifact
+
+
+def _save_adapter(
+    destination: Path,
+    model: Decoder,
+    config: TrainConfig,
+    parents: Sequence[Artifact | Parent],
+) -> Artifact:
+    if is_artifact(destination):
+        return open_artifact(destination, kind="adapter")
+    with create_artifact(destination, kind="adapter", parents=parents, config=config) as draft:
+        save_adapter(draft.path, model, config.lora, base=str(config.initialize_from))
     assert draft.artifact is not None
     return draft.artifact
 
@@ -79,9 +103,10 @@ def write_final(
         "validation": state.validation,
         "best_step": state.best_step,
         "best_bits_per_byte": state.best_bits_per_byte,
-        "weights_sha256": weights_sha256(model.state_dict()),
+        "weights_sha256": weights_sha256(merged_state(model)),
         "dataset_sha256": dataset_sha256,
         "parameters": model.config.parameter_counts().total,
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "step_seconds": seconds,
         "tokens_per_second": state.tokens / state.step / seconds,
         "model": str(artifact.path),

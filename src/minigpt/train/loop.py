@@ -23,6 +23,7 @@ from minigpt.core.manifest import Parent
 from minigpt.core.telemetry import get_logger
 from minigpt.data.loader import Batch
 from minigpt.data.skip_list import SKIP_FILE, SkipList
+from minigpt.model.lora import trained_state
 from minigpt.train.anomaly import Action
 from minigpt.train.build import Build
 from minigpt.train.checkpoint import PendingSave, TrainState
@@ -409,19 +410,22 @@ class TrainLoop:
         self._out.metrics.flush()
         self._out.events.flush()
         return {
-            "model": self._parts.model.state_dict(),
+            "model": trained_state(self._parts.model),
             "optimizer": self._parts.optimizer.state_dict(),
             "parents": self._parents,
         }
 
     def _with_best(self) -> TrainState:
-        """Return the state with this step as the best, where its validation says so."""
+        """Return a copy of the state, with this step as the best where its validation says so.
+
+        A copy, since a save in the background keeps it while training moves the state on.
+        """
         state, value = self.state, self.state.validation.get("bits_per_byte")
         best = state.best_bits_per_byte
         is_best = value is not None and (best is None or value < best)
         if is_best and state.validated_step == state.step:
             return replace(state, best_step=state.step, best_bits_per_byte=value)
-        return state
+        return replace(state)
 
     def _try_save(self) -> None:
         """Save, unless replicas differ; what can't be written is tried again later."""

@@ -1,20 +1,91 @@
-"""Next-token cross-entropy that never holds the full logits, forward or backward.
+"""What a step minimises: the protocol of an objective, and next-token cross-entropy.
 
-With a vocabulary of V, the logits of N tokens are N x V, many times the hidden states.
-Here a chunk of tokens is projected, scored and differentiated before the next one, so that
-only `chunk_tokens` x V numbers exist at a time. The gradients are formed in the forward pass,
-where the logits already are, and scaled in the backward pass: three matrix products in all,
-as many as without chunks (the idea of Liger Kernel, https://arxiv.org/abs/2410.10989).
+The cross-entropy never holds the full logits, forward or backward. With a vocabulary of V, the
+logits of N tokens are N x V, many times the hidden states. Here a chunk of tokens is projected,
+scored and differentiated before the next one, so that only `chunk_tokens` x V numbers exist at
+a time. The gradients are formed in the forward pass, where the logits already are, and scaled
+in the backward pass: three matrix products in all, as many as without chunks (the idea of
+Liger Kernel, https://arxiv.org/abs/2410.10989).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from minigpt.data.loader import Batch
+from minigpt.model.decoder import Decoder
+
 IGNORED_TARGET = -1
+
+
+class Compute(Protocol):
+    """How a step computes: device, precision, compilation and mesh, so that no objective cares."""
+
+    chunk_tokens: int
+    """Tokens whose logits exist at once."""
+    dtype: torch.dtype
+    """Of matrix products."""
+
+    def hidden(self, model: Decoder, batch: Batch) -> Tensor:
+        """Run a model over a batch; return its final hidden states, (B, T, C).
+
+        Attention does not cross documents. Differentiable where gradients are enabled. Where a
+        mesh cuts rows up, they are this rank's part.
+
+        Args:
+            model: The trained one, or a frozen one, whole on this rank.
+            batch: Of whole rows, on the CPU.
+        """
+        ...
+
+    def cross_entropy_sum(self, hidden: Tensor, output_weight: Tensor, targets: Tensor) -> Tensor:
+        """Sum the cross-entropy over what `hidden` returned and (B, T) targets of whole rows.
+
+        See `cross_entropy_sum`; perhaps compiled, over a vocabulary in shards or a rank's part
+        of the rows.
+        """
+        ...
+
+
+class Objective(Protocol):
+    """What a step minimises: a sum over a micro-batch, divided by the global batch's count."""
+
+    def count(self, batch: Batch) -> int:
+        """Count what the loss is a mean of: valid targets, or pairs; on the CPU, no forward."""
+        ...
+
+    def loss_sum(self, model: Decoder, batch: Batch, compute: Compute) -> Tensor:
+        """Return a scalar whose backward pass gives the gradient of the micro-batch's sum."""
+        ...
+
+    def take_sums(self) -> Mapping[str, float]:
+        """Return what is reported besides, summed over all that `loss_sum` saw since last asked.
+
+        The reports are means over `count`. Always the same names; {} where there are none.
+        """
+        ...
+
+
+class NextToken:
+    """Cross-entropy over valid targets: pre-training, and fine-tuning on masked targets."""
+
+    def count(self, batch: Batch) -> int:
+        """Count the valid targets."""
+        return int((batch.targets != IGNORED_TARGET).sum())
+
+    def loss_sum(self, model: Decoder, batch: Batch, compute: Compute) -> Tensor:
+        """Sum the cross-entropy, nats."""
+        hidden = compute.hidden(model, batch)
+        targets = batch.targets.to(hidden.device, non_blocking=True)
+        return compute.cross_entropy_sum(hidden, model.output_weight, targets)
+
+    def take_sums(self) -> Mapping[str, float]:
+        """Return nothing: the loss says it all."""
+        return {}
 
 
 def cross_entropy_sum(
@@ -56,35 +127,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         accurate = torch.promote_types(weight.dtype, torch.float32)
         needs_gradient = any(ctx.needs_input_grad)
+        trains_weight = ctx.needs_input_grad[1]  # frozen under adapters
         with torch.autocast(hidden.device.type, enabled=False):
             product_weight = weight.to(dtype)
             loss = torch.zeros((), dtype=accurate, device=hidden.device)
             hidden_grad = torch.empty_like(hidden) if needs_gradient else None
-            weight_grad = torch.zeros_like(weight, dtype=accurate) if needs_gradient else None
+            weight_grad = torch.zeros_like(weight, dtype=accurate) if trains_weight else None
             for start in range(0, hidden.shape[0], chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 states = hidden[rows].to(dtype)
                 chunk_loss, logits_grad = _chunk(states, product_weight, targets[rows], accurate)
                 loss = loss + chunk_loss
-                if hidden_grad is not None and weight_grad is not None:
+                if hidden_grad is not None:
                     logits_grad = logits_grad.to(dtype)
                     hidden_grad[rows] = logits_grad @ product_weight
-                    weight_grad += logits_grad.T @ states
+                    if weight_grad is not None:
+                        weight_grad += logits_grad.T @ states
         if needs_gradient:
             ctx.save_for_backward(hidden_grad, weight_grad)
             ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        return (
-            hidden_grad * loss_grad.to(hidden_grad.dtype),
-            (weight_grad * loss_grad).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-        )
+        if weight_grad is not None:
+            weight_grad = (weight_grad * loss_grad).to(ctx.weight_dtype)
+        return hidden_grad * loss_grad.to(hidden_grad.dtype), weight_grad, None, None, None
 
 
 def _chunk(
@@ -105,3 +174,77 @@ def _chunk(
     label_grad = ((label_logits - normalizer).exp() - 1) * valid
     gradient[rows, labels] = label_grad.to(logits.dtype)
     return loss, gradient
+
+
+def token_nll(
+    hidden: Tensor,
+    output_weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk_tokens: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return each target's negative log-likelihood, for losses that are no plain sum of them.
+
+    The logits are formed again in the backward pass, where their weights are known: four matrix
+    products in all. Arguments as for `cross_entropy_sum`.
+
+    Returns:
+        (N,), 0 where there is no target; differentiable once.
+    """
+    nll: Tensor = _ChunkedNLL.apply(  # type: ignore[no-untyped-call]
+        hidden, output_weight, targets, chunk_tokens, dtype or output_weight.dtype
+    )
+    return nll
+
+
+class _ChunkedNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        accurate = torch.promote_types(weight.dtype, torch.float32)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.chunk_tokens, ctx.dtype = chunk_tokens, dtype
+        valid = targets != IGNORED_TARGET
+        labels = torch.where(valid, targets, 0)
+        with torch.autocast(hidden.device.type, enabled=False):
+            product_weight = weight.to(dtype)
+            parts = []
+            for start in range(0, hidden.shape[0], chunk_tokens):
+                rows = slice(start, start + chunk_tokens)
+                logits = (hidden[rows].to(dtype) @ product_weight.T).to(accurate)
+                label_logits = logits.gather(-1, labels[rows, None])[:, 0]
+                parts.append(torch.logsumexp(logits, dim=-1) - label_logits)
+        return torch.where(valid, torch.cat(parts), 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        hidden, weight, targets = ctx.saved_tensors
+        valid = targets != IGNORED_TARGET
+        labels = torch.where(valid, targets, 0)
+        grad = torch.where(valid, grad, 0.0)
+        product_weight = weight.to(ctx.dtype)
+        hidden_grad = torch.empty_like(hidden)
+        weight_grad = (
+            torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
+        )
+        for start in range(0, hidden.shape[0], ctx.chunk_tokens):
+            rows = slice(start, start + ctx.chunk_tokens)
+            states = hidden[rows].to(ctx.dtype)
+            logits_grad = (states @ product_weight.T).to(grad.dtype).softmax(-1)
+            logits_grad.scatter_add_(
+                -1, labels[rows, None], logits_grad.new_full((len(states), 1), -1.0)
+            )
+            logits_grad = (logits_grad * grad[rows, None]).to(ctx.dtype)
+            hidden_grad[rows] = logits_grad @ product_weight
+            if weight_grad is not None:
+                weight_grad += logits_grad.T @ states
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(weight.dtype)
+        return hidden_grad, weight_grad, None, None, None

@@ -106,14 +106,20 @@ def _by_layout(group: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _parameter_kinds(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Sort parameters into hidden matrices, embeddings (with the head), and vectors."""
+    """Sort what learns into hidden matrices, embeddings (with the head), and vectors.
+
+    The factors of an adapter count as embeddings: AdamW, no decay. They are no hidden matrices,
+    only their product is.
+    """
     embedding = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head = getattr(model, "output_weight", None)
     kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "vector": []}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if parameter.ndim < 2:
             kinds["vector"].append(parameter)
-        elif id(parameter) in embedding or parameter is head:
+        elif id(parameter) in embedding or parameter is head or ".lora_" in name:
             kinds["embedding"].append(parameter)
         else:
             kinds["matrix"].append(parameter)

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minigpt.core.errors import ConfigError
 from minigpt.model.decoder import Decoder
+from minigpt.model.lora import adapter_config, add_adapters
 from minigpt.train.config import MeshConfig
 from minigpt.train.expert_parallel import mixture_parameters, spread_experts, spread_parameters
 from minigpt.train.gather import union_over
@@ -228,6 +229,9 @@ def gathered(model: Decoder | Stage, mesh: Mesh) -> Decoder:
     """
     with torch.device("meta"):
         copy = Decoder(model.config)
+        adapters = adapter_config(model)
+        if adapters is not None:
+            add_adapters(copy, adapters, torch.Generator())
     weights = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
     for axis in ("ep", "pp"):
         weights = union_over(weights, mesh.group(axis))

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from minigpt.data.loader import Batch
-from minigpt.model.decoder import Runner, call
+from minigpt.model.decoder import Decoder, Runner, call
 from minigpt.train.activation import with_checkpoints
 from minigpt.train.config import MemoryConfig
 from minigpt.train.context_parallel import choose_attention, own_columns
 from minigpt.train.mesh import LOSS_AXES
-from minigpt.train.objective import cross_entropy_sum
+from minigpt.train.objective import Objective, cross_entropy_sum
 from minigpt.train.parallelize import Spread
 from minigpt.train.pipeline_parallel import LossSum
 from minigpt.train.tree import TreeSum, butterfly_sum
@@ -44,18 +44,22 @@ class Passes(Protocol):
                 processes, which agree on stopping before they begin.
 
         Returns:
-            The loss summed over the valid targets of the global batch, the same on every rank,
+            The loss summed over the global batch, the same on every rank,
             or None where stopped half way: then the gradients are worthless.
         """
         ...
 
 
 class LocalPasses:
-    """Passes through the model as this rank calls it; compiled on first use where asked for."""
+    """Passes through the model as this rank calls it; compiled on first use where asked for.
+
+    The objective's `Compute`. Attributes: see there.
+    """
 
     def __init__(
         self,
         spread: Spread,
+        objective: Objective,
         *,
         chunk_tokens: int,
         dtype: torch.dtype,
@@ -66,13 +70,16 @@ class LocalPasses:
 
         Args:
             spread: The model, laid over its mesh.
+            objective: What to minimise.
             chunk_tokens: Tokens whose logits exist at once.
             dtype: Of matrix products.
             compile: Compile layers and loss.
             memory: What is kept of the forward pass.
         """
         self._spread = spread
-        self._dtype = dtype
+        self._objective = objective
+        self.chunk_tokens = chunk_tokens
+        self.dtype = dtype
         parameter = next(spread.model.parameters())
         self._device, self._weight_dtype = parameter.device, parameter.dtype
         self._run = layer_runner(spread.model.config.num_layers, memory, compile=compile)
@@ -89,7 +96,7 @@ class LocalPasses:
             if should_stop():
                 return None
             with self._spread.micro_batch(is_last=index == len(batches) - 1):
-                loss = self.loss_sum(batch)
+                loss = self._loss_sum(batch)
                 # Divided by the global count, not the micro-batch's: each token weighs the same.
                 (loss / (divisor / self._spread.divides_by)).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
@@ -100,33 +107,44 @@ class LocalPasses:
         sums = torch.tensor(total, dtype=torch.float64, device=self._device)
         return float(mesh.sum(sums, *LOSS_AXES))
 
-    def loss_sum(self, batch: Batch) -> Tensor:
-        """Return the loss summed over a micro-batch's valid targets, to be differentiated."""
-        tensors = (batch.tokens, batch.targets, batch.positions, batch.documents)
-        tokens, targets, positions, documents = (
-            t.to(self._device, non_blocking=True) for t in tensors
-        )
-        mesh, dtype = self._spread.mesh, self._dtype
-        window = self._spread.model.config.sliding_window
-        attention = choose_attention(documents, window, mesh.group("cp"))
-        place = mesh.rank("cp"), mesh.size("cp")
-        tokens, targets, positions = (own_columns(t, *place) for t in (tokens, targets, positions))
+    def hidden(self, model: Decoder, batch: Batch) -> Tensor:
+        """See `train.objective.Compute`."""
+        tensors = (batch.tokens, batch.positions, batch.documents)
+        tokens, positions, documents = (t.to(self._device, non_blocking=True) for t in tensors)
+        context, dtype = self._spread.mesh.group("cp"), self.dtype
+        attention = choose_attention(documents, model.config.sliding_window, context)
+        tokens, positions = self._own(tokens), self._own(positions)
+        # A wrapper awaits a backward pass: what is frozen or not to be differentiated has none.
+        learns = model is self._spread.model and torch.is_grad_enabled()
+        forward = self._spread.call if learns else model
         with torch.autocast(self._device.type, dtype, enabled=dtype != self._weight_dtype):
-            hidden = self._spread.call(tokens, positions, attention, self._run)
-        weight = self._spread.model.output_weight
-        assert weight is not None
-        return self._token_loss_sum(hidden, weight, targets)
+            found: Tensor = forward(tokens, positions, attention, self._run)
+        return found
+
+    def cross_entropy_sum(self, hidden: Tensor, output_weight: Tensor, targets: Tensor) -> Tensor:
+        """See `train.objective.Compute`."""
+        return self._token_loss_sum(hidden, output_weight, self._own(targets))
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """Take this rank's part of whole rows."""
+        mesh = self._spread.mesh
+        return own_columns(tensor, mesh.rank("cp"), mesh.size("cp"))
+
+    def _loss_sum(self, batch: Batch) -> Tensor:
+        model = self._spread.model
+        assert isinstance(model, Decoder)  # a pipeline's stages have passes of their own
+        return self._objective.loss_sum(model, batch, self)
 
     def _run_tree(
         self, batches: Sequence[Batch], divisor: float, should_stop: Callable[[], bool]
     ) -> float | None:
         """As `run`, with sums whose order is that of the micro-batches; see `train.tree`."""
-        parameters = list(self._spread.model.parameters())
+        parameters = [p for p in self._spread.model.parameters() if p.requires_grad]
         tree = TreeSum()
         for batch in batches:
             if should_stop():
                 return None
-            loss = self.loss_sum(batch)
+            loss = self._loss_sum(batch)
             (loss / divisor).backward()  # type: ignore[no-untyped-call]
             tree.add([loss.detach().double(), *(_taken_gradient(p) for p in parameters)])
         total, *gradients = sums = tree.total()

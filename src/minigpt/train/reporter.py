@@ -64,6 +64,7 @@ class Reporter:
             "loss": result.loss,
             "loss_hex": result.loss.hex(),
             "grad_norm": result.grad_norm,
+            **result.metrics,
             "lr": self._lr * factor,
             "tokens": state.tokens,
             "epoch": state.tokens / self._train_tokens,

@@ -41,6 +41,13 @@ _CHUNK_LOGITS = 1 << 24
 _REFERENCE_TOKENS, _REFERENCE_BATCH, _BATCH_EXPONENT = 1.1e9, 1 << 19, 0.383
 _LEAST_STEPS = 1000
 _REFERENCE_WIDTH, _REFERENCE_STEP_TOKENS = 384, 8192
+_TUNING_RATES = {"pretrain": 1.0, "distill": 1.0, "sft": 0.1, "dpo": 0.01}
+"""Of pre-training's rates, where given weights are tuned."""
+_ADAPTER_RATES = 10.0
+"""Adapters take about ten times the rate of all weights
+(https://thinkingmachines.ai/blog/lora)."""
+_EPOCHS = {"sft": 3, "dpo": 1, "distill": 3}
+"""Over examples, which are few; texts follow the parameters."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,11 @@ class Facts:
     """Measured matrix peak in the run's precision, FLOP/s."""
     model: ModelConfig | None = None
     """The architecture of `initialize_from`, which then rules."""
+    examples: int | None = None
+    """Documents in the training split, where they are conversations or answers and are kept
+    whole; None for texts."""
+    longest: int = 0
+    """Tokens of the longest of those, of either split."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,12 @@ def resolve(config: TrainConfig, facts: Facts) -> Resolved:
     config = config.replace(size=_resolve_size(config, facts))
     sequence_length = _choose(config.batch.sequence_length, _sequence_length(config, facts))
     overrides, model = _resolve_model(config, facts, sequence_length)
+    if facts.longest > model.context_length:
+        raise ConfigError(
+            f"the dataset's longest example has {facts.longest} tokens, the model's context "
+            f"{model.context_length}",
+            remedy=f"prepare the dataset with chat.max_tokens={model.context_length}",
+        )
     if sequence_length > model.context_length:
         raise ConfigError(
             f"batch.sequence_length = {sequence_length} exceeds the model's context of "
@@ -98,7 +116,7 @@ def resolve(config: TrainConfig, facts: Facts) -> Resolved:
     resolved = config.replace(
         model=overrides,
         batch=batch,
-        optimizer=_resolve_optimizer(config.optimizer, model, batch.tokens_per_step),
+        optimizer=_resolve_optimizer(config, model, batch.tokens_per_step),
         device=facts.device,
         precision=_choose(config.precision, "bfloat16" if facts.fast_bfloat16 else "float32"),
         compile=_choose(config.compile, compiles and seconds > _COMPILE_PAYS_SECONDS),
@@ -178,7 +196,10 @@ def _sequence_length(config: TrainConfig, facts: Facts) -> int:
     by_size = 256 if config.size <= 6 else 512 if config.size <= 8 else 1024
     by_size = 2048 if config.size > 16 else by_size
     limits = [config.model.context_length, facts.model.context_length if facts.model else "auto"]
-    return min([by_size, *(limit for limit in limits if isinstance(limit, int))])
+    by_limits = [limit for limit in limits if isinstance(limit, int)]
+    if config.objective.kind == "dpo" and facts.examples is not None:
+        return min([8 * math.ceil(facts.longest / 8), *by_limits])  # a row is one answer
+    return max(min([by_size, *by_limits]), facts.longest)  # an example is never cut
 
 
 def _resolve_model(
@@ -253,6 +274,9 @@ def _token_budget(
     if config.minutes is not None:
         seconds = _TRAINING_SHARE * 60 * config.minutes
         return seconds / _token_seconds(facts, model, sequence_length)
+    if facts.examples is not None:
+        rows = _rows(config, facts, sequence_length)
+        return float(_EPOCHS[config.objective.kind] * rows * sequence_length)
     return float(_TOKENS_PER_PARAMETER * model.parameter_counts().matmul)
 
 
@@ -260,8 +284,9 @@ def _resolve_batch(
     config: TrainConfig, facts: Facts, sequence_length: int, model: ModelConfig, tokens: float
 ) -> BatchConfig:
     given, ranks = config.batch, config.mesh.data_size
-    windows = (facts.train_tokens - 1) // sequence_length
-    least = 1 if given.micro_batch_size == "auto" else given.micro_batch_size
+    windows = _rows(config, facts, sequence_length)
+    group = 2 if config.objective.kind == "dpo" else 1  # a pair's rows stay together
+    least = group if given.micro_batch_size == "auto" else given.micro_batch_size
     if given.tokens_per_step == "auto":
         ideal = _REFERENCE_BATCH * (tokens / _REFERENCE_TOKENS) ** _BATCH_EXPONENT
         ideal = min(ideal, tokens / _LEAST_STEPS)
@@ -280,10 +305,12 @@ def _resolve_batch(
         "batch.tokens_per_step", tokens_per_step, "batch.sequence_length", sequence_length
     )
     most = max(1, (8192 if facts.device == "cpu" else 65536) // sequence_length)
-    shares = [d for d in range(1, min(most, rows) + 1) if rows % d == 0]
+    _require_divisible("batch.tokens_per_step / batch.sequence_length", rows, "rows a pair", group)
+    shares = [d for d in range(group, max(group, min(most, rows)) + 1, group) if rows % d == 0]
     # Every data rank gets as many micro-batches as the others, where the rows allow it.
-    divisor = max([d for d in shares if rows // d % ranks == 0], default=1)
+    divisor = max([d for d in shares if rows // d % ranks == 0], default=group)
     micro = _choose(given.micro_batch_size, divisor)
+    _require_divisible("batch.micro_batch_size", micro, "rows a pair", group)
     _require_divisible(
         "batch.tokens_per_step / batch.sequence_length", rows, "batch.micro_batch_size", micro
     )
@@ -296,16 +323,30 @@ def _resolve_batch(
     )
 
 
+def _rows(config: TrainConfig, facts: Facts, sequence_length: int) -> int:
+    """Return how many rows an epoch has; of packed conversations the fewest possible."""
+    if config.objective.kind == "dpo" and facts.examples is not None:
+        return facts.examples
+    if facts.examples is not None:
+        return math.ceil(facts.train_tokens / sequence_length)
+    return (facts.train_tokens - 1) // sequence_length
+
+
 def _resolve_optimizer(
-    given: OptimizerConfig, model: ModelConfig, tokens_per_step: int
+    config: TrainConfig, model: ModelConfig, tokens_per_step: int
 ) -> OptimizerConfig:
     """Rates fall with the root of the width and grow with the root of the batch."""
+    given = config.optimizer
+    share = 1.0 if config.initialize_from is None else _TUNING_RATES[config.objective.kind]
+    if config.lora.rank:
+        share *= _ADAPTER_RATES
     scale = min(2.0, math.sqrt(tokens_per_step / _REFERENCE_STEP_TOKENS))
     width = math.sqrt(_REFERENCE_WIDTH / model.hidden_size)
     lr = (3e-3 if given.kind == "muon" else 1e-3) * width * scale
     muon_lr = 0.02 * scale
     return given.replace(
-        lr=_choose(given.lr, _round(lr)), muon_lr=_choose(given.muon_lr, _round(muon_lr))
+        lr=_choose(given.lr, _round(min(1.0, share * lr))),
+        muon_lr=_choose(given.muon_lr, _round(min(1.0, share * muon_lr))),
     )
 
 

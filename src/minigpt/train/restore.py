@@ -12,6 +12,7 @@ import torch
 from minigpt.core.errors import ArtifactError
 from minigpt.core.telemetry import get_logger
 from minigpt.data.skip_list import SkipList
+from minigpt.model.lora import load_trained_state, trained_state
 from minigpt.train.build import Build, Sources
 from minigpt.train.checkpoint import TrainState, restore_rng
 from minigpt.train.config import TrainConfig
@@ -50,7 +51,7 @@ def _load(
     run_dir = outputs.metrics.path.parent
     recipe_list = parts.loader.skip_list
     parts.loader.use_skip_list(world.from_first(lambda: SkipList.of_run(run_dir, recipe_list)))
-    checkpoint = outputs.store.load_latest(parts.model.state_dict())
+    checkpoint = outputs.store.load_latest(trained_state(parts.model))
     environment = numeric_environment(config.device)
     if checkpoint is None:
         random.seed(config.seed)
@@ -74,7 +75,7 @@ def _load(
             before=state.environment,
             now=environment,
         )
-    parts.model.load_state_dict(checkpoint.model)
+    load_trained_state(parts.model, checkpoint.model)
     parts.optimizer.load_state_dict(checkpoint.optimizer)
     parts.loader.load_state(state.cursor)
     restore_rng(checkpoint)

@@ -24,7 +24,7 @@ from minigpt.core.config import load_config, resolved_values, to_yaml
 from minigpt.core.errors import ConfigError, TrainingError
 from minigpt.core.storage import storage_errors, write_atomic
 from minigpt.core.telemetry import get_logger
-from minigpt.data.loader import BatchLoader
+from minigpt.data.loader import SampleLoader
 from minigpt.data.skip_list import SKIP_FILE
 from minigpt.model.config import ModelConfig
 from minigpt.model.decoder import Decoder
@@ -352,7 +352,7 @@ def _finish(
     sources: Sources,
     outputs: Outputs,
     run_dir: Path,
-    loader: BatchLoader,
+    loader: SampleLoader,
     state: TrainState,
     checkpoint: Artifact,
 ) -> Artifact:

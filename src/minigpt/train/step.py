@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from minigpt.train.config import MemoryConfig
 from minigpt.train.expert_parallel import balance_experts
 from minigpt.train.gradients import clip_gradients, gradient_norm
 from minigpt.train.mesh import AXES, DATA_AXES
-from minigpt.train.objective import IGNORED_TARGET
+from minigpt.train.objective import NextToken, Objective
 from minigpt.train.optimizer import Optimizer
 from minigpt.train.parallelize import Spread, alone
 from minigpt.train.passes import LocalPasses, Passes, layer_runner, token_loss
@@ -27,9 +28,11 @@ class StepResult(NamedTuple):
     """What one update came to."""
 
     loss: float
-    """Mean cross-entropy over the global batch's valid targets, nats."""
+    """The objective's mean over the global batch; nats per valid target, or per pair."""
     grad_norm: float
     """Norm of the whole gradient before clipping."""
+    metrics: Mapping[str, float] = MappingProxyType({})
+    """Means over the global batch of what else the objective tells."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -57,9 +60,17 @@ class StepOptions:
     """By how much a step moves the routers' biases."""
 
 
-def make_passes(spread: Spread, options: StepOptions) -> Passes:
-    """Choose how the gradient of a global batch comes about on a mesh."""
+def make_passes(spread: Spread, options: StepOptions, objective: Objective | None = None) -> Passes:
+    """Choose how the gradient of a global batch comes about on a mesh.
+
+    Args:
+        spread: The model, laid over its mesh.
+        options: How to compute.
+        objective: What to minimise; None is next-token cross-entropy, a pipeline's only one.
+    """
+    objective = objective or NextToken()
     if spread.cut is not None:
+        assert isinstance(objective, NextToken)
         num_layers = spread.model.config.num_layers
         return PipelinePasses(
             spread.cut,
@@ -71,6 +82,7 @@ def make_passes(spread: Spread, options: StepOptions) -> Passes:
         )
     return LocalPasses(
         spread,
+        objective,
         chunk_tokens=options.chunk_tokens,
         dtype=options.dtype,
         compile=options.compile,
@@ -86,6 +98,7 @@ class TrainStep:
         model: Decoder | Stage,
         optimizer: Optimizer,
         options: StepOptions,
+        objective: Objective | None = None,
         *,
         spread: Spread | None = None,
     ) -> None:
@@ -95,6 +108,7 @@ class TrainStep:
             model: Whose parameters learn.
             optimizer: Of those parameters.
             options: How a step computes.
+            objective: What to minimise; None is next-token cross-entropy.
             spread: How the model is laid over a mesh; None is one process.
         """
         if spread is None:
@@ -104,9 +118,11 @@ class TrainStep:
         self._counted = spread.counted
         self._mesh, self._cuts = spread.mesh, spread.cuts
         self._optimizer = optimizer
-        self._passes = make_passes(spread, options)
+        self._objective = objective or NextToken()
+        self._passes = make_passes(spread, options, self._objective)
         self._parameters = list(model.parameters())
         self._device = self._parameters[0].device
+        self._count = 0  # of the last global batch
         self.loss_scale = LossScale() if options.dtype == torch.float16 else None
 
     def run(
@@ -162,7 +178,7 @@ class TrainStep:
             loss = self.accumulate(batches)
             assert loss is not None
             grad_norm = self.clip_gradients()
-        return StepResult(loss, grad_norm)
+        return StepResult(loss, grad_norm, self._metrics())
 
     def update(self, learning_rate_factor: float) -> None:
         """Update the parameters from the gradient; the only place where they change."""
@@ -179,22 +195,24 @@ class TrainStep:
     def accumulate(
         self, batches: Sequence[Batch], should_stop: Callable[[], bool] = lambda: False
     ) -> float | None:
-        """Form the gradient of the mean loss over all valid targets of the global batch.
+        """Form the gradient of the mean loss over all that counts in the global batch.
 
         Returns:
             The mean loss, or None where stopped half way.
         """
-        valid = sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches)
+        self._objective.take_sums()  # of a try that was discarded
+        count = sum(self._objective.count(batch) for batch in batches)
         if not self._mesh.is_single:
             stop = should_stop()
-            valid = self._sum(valid, *DATA_AXES)
+            count = self._sum(count, *DATA_AXES)
             if self._sum(stop, *AXES):
                 return None
             should_stop = _never
-        assert valid, "a global batch without a single target"
+        self._count = count
+        assert count, "a global batch without a single target"
         scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
-        total = self._passes.run(batches, valid / scale, should_stop)
-        return None if total is None else total / valid
+        total = self._passes.run(batches, count / scale, should_stop)
+        return None if total is None else total / count
 
     def clip_gradients(self) -> float:
         """Scale the gradient down to `clip_norm` where it is longer; return its norm before."""
@@ -204,6 +222,15 @@ class TrainStep:
         if self._options.clip_norm is not None:
             clip_gradients(self._parameters, norm, self._options.clip_norm)
         return float(norm)
+
+    def _metrics(self) -> Mapping[str, float]:
+        """Divide the objective's sums over all data ranks by what they are means of."""
+        sums = self._objective.take_sums()
+        if not sums:
+            return {}
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=self._device)
+        means = self._mesh.sum(totals, *DATA_AXES) / self._count
+        return dict(zip(sums, means.tolist(), strict=True))
 
     def _overflowed(self, loss: float, grad_norm: float) -> bool:
         """Tell whether the loss scale was too large, and is lower now."""

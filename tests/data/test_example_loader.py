@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minigpt.core.errors import DataError
+from minigpt.data.example_loader import ExampleLoader, pack
+from minigpt.data.loader import BatchLoader
+from minigpt.data.shards import TokenDataset
+
+
+@pytest.fixture(scope="module")
+def datasets(example_datasets: dict[str, Path]) -> dict[str, TokenDataset]:
+    return {kind: TokenDataset.open(path, "train") for kind, path in example_datasets.items()}
+
+
+def loader(
+    dataset: TokenDataset, *, rows: int = 4, length: int = 256, seed: int = 0
+) -> ExampleLoader:
+    return ExampleLoader(dataset, batch_size=rows, sequence_length=length, seed=seed)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=200),
+    slack=st.integers(0, 100),
+)
+def test_rows_hold_consecutive_items_that_fit(lengths: list[int], slack: int) -> None:
+    capacity = max(lengths) + slack
+    starts = pack(np.asarray(lengths), capacity)
+    assert starts[0] == 0 and starts[-1] == len(lengths) and (np.diff(starts) > 0).all()
+    totals = [sum(lengths[a:b]) for a, b in itertools.pairwise(starts)]
+    assert max(totals) <= capacity
+    followers = [lengths[at] for at in starts[1:-1].tolist()]
+    assert all(a + b > capacity for a, b in zip(totals[:-1], followers, strict=True))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    kind=st.sampled_from(["chat", "preference"]), seed=st.integers(0, 999), epoch=st.integers(0, 3)
+)
+def test_each_epoch_holds_each_example_once(
+    datasets: dict[str, TokenDataset], kind: str, seed: int, epoch: int
+) -> None:
+    made = loader(datasets[kind], seed=seed)
+    rows = made.rows(epoch * made.num_rows, made.num_rows)
+    assert sorted(np.concatenate(rows).tolist()) == list(range(datasets[kind].num_documents))
+    if kind == "preference":
+        pairs = np.concatenate(rows).reshape(-1, 2)
+        assert (pairs[:, 0] % 2 == 0).all() and (pairs[:, 1] == pairs[:, 0] + 1).all()
+
+
+@pytest.mark.parametrize("kind", ["chat", "preference"])
+def test_a_row_holds_whole_examples_and_only_their_targets(
+    datasets: dict[str, TokenDataset], kind: str
+) -> None:
+    dataset = datasets[kind]
+    made = loader(dataset)
+    batch = made.batch_at(8)
+    for row, members in enumerate(made.rows(8, 4)):
+        assert len(members) == 1 or kind == "chat"
+        for number, document in enumerate(members.tolist()):
+            at = (batch.documents[row] == number).nonzero()[:, 0]
+            ids = torch.tensor(dataset.document(document).astype(np.int64))
+            begin, end = dataset.offsets[document : document + 2].tolist()
+            mask = dataset.target_mask(begin, end)
+            assert mask is not None
+            assert torch.equal(batch.tokens[row, at], ids)
+            assert torch.equal(batch.positions[row, at], torch.arange(len(ids)))
+            wanted = np.append(np.where(mask, ids, -1)[1:], -1)
+            assert batch.targets[row, at].tolist() == wanted.tolist()
+        rest = batch.documents[row] == len(members)
+        assert (batch.targets[row, rest] == -1).all()
+        assert int(rest.sum()) + sum(map(len, map(dataset.document, members))) == 256
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    kind=st.sampled_from(["chat", "preference"]), steps=st.integers(0, 40), rows=st.integers(1, 8)
+)
+def test_resuming_anywhere_equals_never_having_stopped(
+    datasets: dict[str, TokenDataset], kind: str, steps: int, rows: int
+) -> None:
+    unbroken = loader(datasets[kind], rows=2 * rows)
+    for _ in range(steps):
+        unbroken.next_batch()
+    resumed = loader(datasets[kind], rows=2)  # the batch size may change on the way
+    resumed.load_state(unbroken.state())
+    expected = unbroken.next_batch()
+    found = [resumed.next_batch() for _ in range(rows)]
+    for name in ("tokens", "targets", "positions", "documents"):
+        parts = torch.cat([getattr(batch, name) for batch in found])
+        assert torch.equal(parts, getattr(expected, name))
+
+
+def test_windows_of_conversations_mask_the_same_targets(datasets: dict[str, TokenDataset]) -> None:
+    dataset = datasets["chat"]
+    batch = BatchLoader(dataset, batch_size=4, sequence_length=300, seed=0).next_batch()
+    windows = BatchLoader(dataset, batch_size=4, sequence_length=300, seed=0).locate(0, 4).rows
+    for row, start in enumerate((windows * 300).tolist()):
+        mask = dataset.target_mask(start + 1, start + 301)
+        assert mask is not None and 0 < mask.sum() < 300
+        assert ((batch.targets[row] != -1).numpy() == mask).all()
+        kept = dataset.tokens(start + 1, start + 301)[mask]
+        assert (batch.targets[row][torch.from_numpy(mask)].numpy() == kept).all()
+
+
+def test_rows_that_can_not_be_are_refused(datasets: dict[str, TokenDataset]) -> None:
+    with pytest.raises(DataError, match=r"longest example has \d+ tokens, a row only 32"):
+        loader(datasets["chat"], length=32)
+    with pytest.raises(DataError, match="would part a pair"):
+        loader(datasets["preference"], rows=3)
+    with pytest.raises(DataError, match="one batch takes 100000"):
+        loader(datasets["chat"], rows=100_000)
+    state = loader(datasets["chat"]).state()
+    with pytest.raises(DataError, match="seed was 0, now is 1"):
+        loader(datasets["chat"], seed=1).load_state(state)
