@@ -86,13 +86,15 @@ def make_loader(kind: str, dataset: Artifact, arguments: argparse.Namespace) -> 
         ]
         mixture = from_mapping(MixtureConfig, {"mixture": sources})
     data = open_training_data(mixture or str(dataset.path), dataset)
-    return data.loader(
+    loader = data.loader(
         batch_size=arguments.batch,
         sequence_length=arguments.length,
         samples_per_step=ROWS_PER_STEP,
         seed=0,
         packing="best-fit" if kind == "best-fit" else "windows",
     )
+    assert isinstance(loader, BatchLoader)
+    return loader
 
 
 def measure(kind: str, dataset: Artifact, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from minigpt.core.artifact import lineage, open_artifact
 from minigpt.core.errors import ConfigError, DataError
 from minigpt.core.manifest import MANIFEST
 from minigpt.core.storage import upload_directory
+from minigpt.data.loader import BatchLoader
 from minigpt.data.skip_list import SKIP_FILE, SkipList
 from minigpt.pipeline import open_run_loader, train_recipe
 from minigpt.train.metrics import read_metrics
@@ -92,6 +93,7 @@ def test_a_mixture_trains_and_all_its_datasets_are_parents(finished: Path) -> No
     uris = [node.parent.uri for node in tree.ancestors if node.parent.kind == "dataset"]
     assert len(uris) == 2 and uris[1].endswith("/other")
     config, loader = open_run_loader(finished)
+    assert isinstance(loader, BatchLoader)
     first = loader.locate(0, STEPS * ROWS).sources
     ramp, rest = first[: 4 * ROWS], first[4 * ROWS :]
     assert 10 <= (ramp == 1).sum() <= 17  # from 1/4 to 2/3

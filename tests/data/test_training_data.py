@@ -9,6 +9,7 @@ from minigpt.core.artifact import open_artifact
 from minigpt.core.config import from_mapping
 from minigpt.core.errors import ArtifactError, DataError
 from minigpt.data.config import MixtureConfig
+from minigpt.data.loader import BatchLoader
 from minigpt.data.training_data import open_training_data
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def test_a_mixture_joins_its_sources(paths: list[Path]) -> None:
     lengths = {len(document) for document in held_out}
     assert lengths == {301, 501}  # of both, each with its end-of-text token
     loader = data.loader(batch_size=2, sequence_length=32, samples_per_step=4, seed=0)
+    assert isinstance(loader, BatchLoader)
     assert set(loader.locate(0, 8).sources.tolist()) == {0, 1}
     alone = open_training_data(str(paths[0]), first)
     assert alone.fingerprint != data.fingerprint
