@@ -13,6 +13,7 @@ from minigpt.core.errors import DataError
 from minigpt.data.example_loader import ExampleLoader, pack
 from minigpt.data.loader import BatchLoader
 from minigpt.data.shards import TokenDataset
+from minigpt.data.skip_list import SkipList
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +121,42 @@ def test_rows_that_can_not_be_are_refused(datasets: dict[str, TokenDataset]) -> 
     state = loader(datasets["chat"]).state()
     with pytest.raises(DataError, match="seed was 0, now is 1"):
         loader(datasets["chat"], seed=1).load_state(state)
+
+
+@pytest.mark.parametrize("kind", ["chat", "preference"])
+def test_skipped_steps_are_cut_out_of_the_order(
+    datasets: dict[str, TokenDataset], kind: str, tmp_path: Path
+) -> None:
+    """As a rollback does it: the data of a step goes, and what is behind it moves up."""
+    whole, rolled_back = loader(datasets[kind]), loader(datasets[kind])
+    rolled_back.next_sample = 4
+    state = rolled_back.state()
+    path = tmp_path / "skip.json"
+    rolled_back.use_skip_list(SkipList.add_steps(path, [1], samples_per_step=4))
+    assert rolled_back.state() == state
+    for first, before in ((0, 0), (4, 8), (8, 12)):
+        found, expected = rolled_back.batch_at(first), whole.batch_at(before)
+        assert torch.equal(found.tokens, expected.tokens)
+        assert torch.equal(found.targets, expected.targets)
+    rolled_back.next_sample = 8
+    with pytest.raises(DataError, match="changes what comes before sample 8"):
+        rolled_back.use_skip_list(SkipList())
+    if kind == "preference":
+        odd = SkipList().with_steps([1], samples_per_step=3)
+        with pytest.raises(DataError, match="would part a pair"):
+            loader(datasets[kind]).use_skip_list(odd)
+
+
+@pytest.mark.parametrize("kind", ["chat", "preference"])
+def test_a_skipped_example_loses_its_targets(datasets: dict[str, TokenDataset], kind: str) -> None:
+    made = loader(datasets[kind])
+    before = made.batch_at(0)
+    (document, *_), *_ = made.rows(0, 1)
+    entry = made.document_entry(f"data:{document}", by_content=True)
+    made.use_skip_list(SkipList().with_document(entry))
+    after = made.batch_at(0)
+    assert torch.equal(after.tokens, before.tokens)
+    hidden = (before.documents == 0) if kind == "chat" else torch.ones(4, 256, dtype=torch.bool)
+    hidden[2 if kind == "preference" else 1 :] = False
+    assert (before.targets[hidden] != -1).any() and (after.targets[hidden] == -1).all()
+    assert torch.equal(after.targets[~hidden], before.targets[~hidden])
