@@ -8,10 +8,10 @@ go through the same decisions: what may differ between them is voted on.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -23,10 +23,9 @@ from minigpt.core.manifest import Parent
 from minigpt.core.telemetry import get_logger
 from minigpt.data.loader import Batch
 from minigpt.data.skip_list import SKIP_FILE, SkipList
-from minigpt.model.lora import trained_state
 from minigpt.train.anomaly import Action
 from minigpt.train.build import Build
-from minigpt.train.checkpoint import PendingSave, TrainState
+from minigpt.train.checkpoint import TrainState
 from minigpt.train.config import TrainConfig
 from minigpt.train.context import Member, Outputs, Speedometer
 from minigpt.train.emergency import DEFAULT_GRACE_SECONDS, EmergencySave, patience_seconds
@@ -35,7 +34,7 @@ from minigpt.train.interrupt import StopRequest, TrainingInterruptedError
 from minigpt.train.metrics import read_metrics
 from minigpt.train.replicas import RankComparison
 from minigpt.train.reporter import Reporter
-from minigpt.train.saving import SaveSchedule
+from minigpt.train.saving import Saver, note_best
 from minigpt.train.schedule import learning_rate_factor
 from minigpt.train.sessions import end_line
 from minigpt.train.step import StepResult
@@ -67,18 +66,19 @@ class TrainLoop:
         self._world = member.world
         self._progress = member.progress
         self._report = Reporter(config, outputs, speedometer, parts.loader.num_tokens)
-        self._parents = parents
         self._clock = clock
         self._log = get_logger("train")
-        self._saves = SaveSchedule(config, state.step, member.history, clock)
         self._guard = StepGuard(config.recovery, member.world)
         self._compared = RankComparison(config.recovery, member.world, member.mesh, member.progress)
         self._changing = threading.Lock()
         """Held while parameters or position change, or are written down."""
         self._meeting = Meeting(member.world)
         self._own_finite = True
-        self._pending: PendingSave | None = None
-        self._pending_phases: Mapping[str, float] = {}
+        self._saver = Saver(
+            config, parts, outputs, member, self._report, parents, self._changing, clock
+        )
+        self._saves = self._saver.schedule
+        self._saves.went_back(state.step)
         self._failed_at = member.history.failed_at
         self._tokens_per_step = config.batch.tokens_per_step
         rows = parts.loader.batch_size * parts.loader.sequence_length
@@ -112,7 +112,7 @@ class TrainLoop:
             ) as stop:
                 return self._run(stop)
         finally:
-            self._finish_save()
+            self._saver.finish(self.state)
             self._out.display.end()
 
     def _take_up(self) -> None:
@@ -130,8 +130,8 @@ class TrainLoop:
     def _run(self, stop: StopRequest) -> Artifact:
         signum = 0
         while True:
-            if self._pending is not None and self._pending.done:
-                self._finish_save()
+            if self._saver.is_ready:
+                self._saver.finish(self.state)
             if self._is_validation_due():
                 signum = signum or self._heard(stop)
                 if signum:
@@ -257,7 +257,7 @@ class TrainLoop:
     def _roll_back(self, reason: str, *, skip_data: bool) -> None:
         """Go back to the last good checkpoint; leave out the data since the first bad step."""
         at = self.state.step + 1
-        self._finish_save()
+        self._saver.finish(self.state)
         if not self._world.from_first(self._out.store.steps):
             raise TrainingError(
                 f"step {at}: {reason}, and there is no checkpoint to roll back to",
@@ -277,7 +277,7 @@ class TrainLoop:
         spent = self._progress.seconds()
         with self._changing:
             self.state = self._member.restore()
-            self._saves.begun_step = self._saves.saved_step = self.state.step
+            self._saves.went_back(self.state.step)
             self._take_up()
         self._report.alarm(
             "rollback",
@@ -336,96 +336,18 @@ class TrainLoop:
         model = self._parts.whole_model()
         result = self._parts.validator.score(model)
         if self._saves.begun_step == self.state.step:
-            self._finish_save()
+            self._saver.finish(self.state)
         with self._changing:
             self.state.validated_step = self.state.step
             if result is None:
                 return
             self.state.validation = asdict(result)
             if self._saves.begun_step == self.state.step:  # saved by a stop before validated
-                self.state = self._with_best()
+                note_best(self.state)
         seconds = self._clock.monotonic() - begin
         line = self._report.event("validation", self.state.step, **asdict(result), seconds=seconds)
         sample = self._parts.validator.sample(model, self.state.step)
         self._out.display.validation(line, sample)
-
-    def _save(self) -> None:
-        """Save and wait for the end of it; every rank writes its part.
-
-        Raises:
-            StorageError: It could not be saved; raised on every rank.
-        """
-        self._finish_save()
-        self._progress.enter("save")
-        begin, phases = self._clock.monotonic(), self._progress.seconds()
-        with self._changing:
-            self._out.store.save(self._with_best(), **self._contents())
-            self.state = self._with_best()
-            self._saves.begun_step = self.state.step
-        seconds = self._clock.monotonic() - begin
-        (milliseconds,) = self._world.vote(round(1000 * seconds))
-        self._note_save(self.state.step, milliseconds / 1000, seconds, phases)
-
-    def _begin_save(self) -> None:
-        """Save what is now, while training goes on."""
-        self._finish_save()
-        self._progress.enter("save")
-        self._pending_phases = self._progress.seconds()
-        with self._changing:
-            self._pending = self._out.store.save_async(self._with_best(), **self._contents())
-            self._saves.begun_step = self.state.step
-
-    def _finish_save(self) -> None:
-        """Wait for the save in the background, if there is one, and take note of its end."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        self._progress.enter("save")
-        try:
-            pending.result()
-        except StorageError as error:
-            self._warn_not_saved(pending.step, error)
-            return
-        saved = pending.state
-        with self._changing:
-            self.state = replace(
-                self.state, best_step=saved.best_step, best_bits_per_byte=saved.best_bits_per_byte
-            )
-        seconds = self._out.store.save_seconds[-1]
-        self._note_save(pending.step, seconds, pending.stall_seconds, self._pending_phases)
-
-    def _note_save(
-        self, step: int, seconds: float, stall: float, phases: Mapping[str, float]
-    ) -> None:
-        self._saves.saved(step, seconds)
-        self._report.event(
-            "checkpoint", step, seconds=seconds, stall_seconds=stall, phases=dict(phases)
-        )
-        if self._world.is_first:
-            assert isinstance(self._config.checkpoint.every, int)
-            self._report.saved(self._config.checkpoint.every, seconds)
-
-    def _contents(self) -> dict[str, Any]:
-        # First the lines, then the checkpoint that claims they are there.
-        self._out.metrics.flush()
-        self._out.events.flush()
-        return {
-            "model": trained_state(self._parts.model),
-            "optimizer": self._parts.optimizer.state_dict(),
-            "parents": self._parents,
-        }
-
-    def _with_best(self) -> TrainState:
-        """Return a copy of the state, with this step as the best where its validation says so.
-
-        A copy, since a save in the background keeps it while training moves the state on.
-        """
-        state, value = self.state, self.state.validation.get("bits_per_byte")
-        best = state.best_bits_per_byte
-        is_best = value is not None and (best is None or value < best)
-        if is_best and state.validated_step == state.step:
-            return replace(state, best_step=state.step, best_bits_per_byte=value)
-        return replace(state)
 
     def _try_save(self) -> None:
         """Save, unless replicas differ; what can't be written is tried again later."""
@@ -434,46 +356,35 @@ class TrainLoop:
         timed = self._saves.must_be_timed()
         try:
             if timed or not self._config.checkpoint.background:
-                self._save()
+                self._saver.save(self.state)
             else:
-                self._begin_save()
+                self._saver.begin(self.state)
         except StorageError as error:
-            self._warn_not_saved(self.state.step, error)
+            self._saver.warn(self.state.step, error)
         if timed:
             self._saves.check_grace()
 
-    def _warn_not_saved(self, step: int, error: StorageError) -> None:
-        self._log.warning(
-            "checkpoint not saved; training goes on and tries again at the next interval",
-            step=step,
-            reason=str(error),
-            last_good_step=self._saves.saved_step,
-        )
-
     def _final_checkpoint(self) -> Artifact | None:
         """Return the last step's checkpoint; None where replicas differed and were rolled back."""
-        self._finish_save()
+        self._saver.finish(self.state)
         if self._saves.saved_step != self.state.step:
             if not self._ranks_agree():
                 return None
-            self._save()
+            self._saver.save(self.state)
         return self._out.store.open(self.state.step)
 
     def _stop(self, stop: StopRequest, signum: int) -> NoReturn:
         stop.grant()
-        self._finish_save()
+        self._saver.finish(self.state)
         if self.state.step not in (0, self._saves.saved_step):
-            self._save()
+            self._saver.save(self.state)
         raise TrainingInterruptedError(
             signum, f"stopped by signal {signum} after step {self.state.step}, saved"
         )
 
     def _save_at_once(self, signum: int) -> None:
         """Save the last finished step from another thread, and end the session's record."""
-        if self.state.step == self._saves.begun_step:
-            self._out.store.wait()
-        elif self.state.step > 0:
-            self._out.store.save(self._with_best(), **self._contents())
+        self._saver.save_as_it_is(self.state)
         now = self._clock.now().timestamp()
         phases = self._progress.seconds()
         self._out.events.append(end_line(self.state.step, "interrupted", now, phases))

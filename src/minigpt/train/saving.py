@@ -1,13 +1,28 @@
-"""When a run saves: at steps that its config names, and by the clock where failures teach it."""
+"""When a run saves, and how: at once or in the background.
+
+It saves at steps that its config names, and by the clock where failures teach it.
+"""
 
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
+from minigpt.core.artifact import Artifact
 from minigpt.core.clock import Clock
-from minigpt.core.errors import ConfigError
+from minigpt.core.errors import ConfigError, StorageError
+from minigpt.core.manifest import Parent
+from minigpt.core.telemetry import get_logger
+from minigpt.model.lora import trained_state
+from minigpt.train.build import Build
+from minigpt.train.checkpoint import PendingSave, TrainState
 from minigpt.train.config import TrainConfig
+from minigpt.train.context import Member, Outputs
 from minigpt.train.reliability import daly_interval, failure_rate
+from minigpt.train.reporter import Reporter
 from minigpt.train.sessions import History
 
 _LEAST_HOURS = 1e-3
@@ -19,10 +34,10 @@ class SaveSchedule:
     `begun_step` is the last step whose save was begun, `saved_step` the last that is safe.
     """
 
-    def __init__(self, config: TrainConfig, step: int, history: History, clock: Clock) -> None:
-        """Begin after a step that is saved (or 0)."""
+    def __init__(self, config: TrainConfig, history: History, clock: Clock) -> None:
+        """Begin at step 0; see `went_back`."""
         assert isinstance(config.checkpoint.every, int) and isinstance(config.steps, int)
-        self.saved_step = self.begun_step = step
+        self.saved_step = self.begun_step = 0
         self.seconds = history.save_seconds
         """Duration of the last save; None before the first."""
         self._every, self._steps = config.checkpoint.every, config.steps
@@ -63,6 +78,10 @@ class SaveSchedule:
         self.saved_step, self.seconds = step, seconds
         self._saved_at = self._clock.monotonic()
 
+    def went_back(self, step: int) -> None:
+        """Note that the run stands at a step that is saved, or at 0."""
+        self.saved_step = self.begun_step = step
+
     def check_grace(self) -> None:
         """Refuse a run that could not save within its grace.
 
@@ -76,3 +95,146 @@ class SaveSchedule:
                 f"recovery.grace_seconds = {grace:g}: a preemption would lose work",
                 remedy="use faster storage or more ranks to save with, or ask for a longer grace",
             )
+
+
+class Saver:
+    """Saves a run's state; every rank makes the same calls."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        parts: Build,
+        outputs: Outputs,
+        member: Member,
+        report: Reporter,
+        parents: Sequence[Artifact | Parent],
+        changing: threading.Lock,
+        clock: Clock,
+    ) -> None:
+        """Prepare to save a resolved config's run.
+
+        Args:
+            config: The run's.
+            parts: Whose weights and optimizer are saved.
+            outputs: Where.
+            member: This process as one of the ranks.
+            report: Told of each save.
+            parents: What the checkpoints come from.
+            changing: Held while parameters or position change, or are written down.
+            clock: For durations.
+        """
+        self.schedule = SaveSchedule(config, member.history, clock)
+        self._config = config
+        self._parts = parts
+        self._out = outputs
+        self._world = member.world
+        self._progress = member.progress
+        self._report = report
+        self._parents = parents
+        self._changing = changing
+        self._clock = clock
+        self._pending: PendingSave | None = None
+        self._pending_phases: Mapping[str, float] = {}
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a save in the background has ended and `finish` would not wait."""
+        return self._pending is not None and self._pending.done
+
+    def save(self, state: TrainState) -> None:
+        """Save and wait for the end of it; every rank writes its part.
+
+        Raises:
+            StorageError: It could not be saved; raised on every rank.
+        """
+        self.finish(state)
+        self._progress.enter("save")
+        begin, phases = self._clock.monotonic(), self._progress.seconds()
+        with self._changing:
+            self._out.store.save(_with_best(state), **self._contents())
+            note_best(state)
+            self.schedule.begun_step = state.step
+        seconds = self._clock.monotonic() - begin
+        (milliseconds,) = self._world.vote(round(1000 * seconds))
+        self._note(state.step, milliseconds / 1000, seconds, phases)
+
+    def begin(self, state: TrainState) -> None:
+        """Save what is now, while training goes on.
+
+        Raises:
+            StorageError: It could not even be begun.
+        """
+        self.finish(state)
+        self._progress.enter("save")
+        self._pending_phases = self._progress.seconds()
+        with self._changing:
+            self._pending = self._out.store.save_async(_with_best(state), **self._contents())
+            self.schedule.begun_step = state.step
+
+    def finish(self, state: TrainState) -> None:
+        """Wait for the save in the background, if there is one, and take note of its end."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        self._progress.enter("save")
+        try:
+            pending.result()
+        except StorageError as error:
+            self.warn(pending.step, error)
+            return
+        with self._changing:
+            state.best_step = pending.state.best_step
+            state.best_bits_per_byte = pending.state.best_bits_per_byte
+        seconds = self._out.store.save_seconds[-1]
+        self._note(pending.step, seconds, pending.stall_seconds, self._pending_phases)
+
+    def save_as_it_is(self, state: TrainState) -> None:
+        """Save from another thread, which holds the lock, what the main thread stands at."""
+        if state.step == self.schedule.begun_step:
+            self._out.store.wait()
+        elif state.step > 0:
+            self._out.store.save(_with_best(state), **self._contents())
+
+    def warn(self, step: int, error: StorageError) -> None:
+        """Say that a save failed; the run goes on."""
+        get_logger("train").warning(
+            "checkpoint not saved; training goes on and tries again at the next interval",
+            step=step,
+            reason=str(error),
+            last_good_step=self.schedule.saved_step,
+        )
+
+    def _note(self, step: int, seconds: float, stall: float, phases: Mapping[str, float]) -> None:
+        self.schedule.saved(step, seconds)
+        self._report.event(
+            "checkpoint", step, seconds=seconds, stall_seconds=stall, phases=dict(phases)
+        )
+        if self._world.is_first:
+            assert isinstance(self._config.checkpoint.every, int)
+            self._report.saved(self._config.checkpoint.every, seconds)
+
+    def _contents(self) -> dict[str, Any]:
+        # First the lines, then the checkpoint that claims they are there.
+        self._out.metrics.flush()
+        self._out.events.flush()
+        return {
+            "model": trained_state(self._parts.model),
+            "optimizer": self._parts.optimizer.state_dict(),
+            "parents": self._parents,
+        }
+
+
+def note_best(state: TrainState) -> None:
+    """Make a saved state's step the best one, where its validation says so."""
+    value, best = state.validation.get("bits_per_byte"), state.best_bits_per_byte
+    if value is None or state.validated_step != state.step:
+        return
+    if best is None or value < best:
+        state.best_step, state.best_bits_per_byte = state.step, value
+
+
+def _with_best(state: TrainState) -> TrainState:
+    """Return a copy, since a save in the background keeps it while the run moves on."""
+    copied = replace(state)
+    note_best(copied)
+    return copied
