@@ -21,6 +21,7 @@ def main() -> None:
         ["bench.train_throughput", "--rounds", "3", "--steps", "4", *nanogpt],
         ["bench.train_quality", "--minutes", "1", *nanogpt],
         ["bench.engine_throughput"],
+        ["bench.loader", "--rounds", "7"],
         ["bench.checkpoint", "--shapes", "13.8M", "--rounds", "2"],
         ["bench.cluster_simulator", "--steps", "100", "--repeat", "1"],
     ]
