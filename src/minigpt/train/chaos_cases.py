@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt.core.errors import ConfigError
+from minigpt.train.progress import beacon_path, read_beacon
 
 _POLL_SECONDS = 0.01
 _RUN_SECONDS = 600.0
 _DISK_CHECKPOINTS = 5
 _DISK_EXTRA_BYTES = 4 << 20
-_FULL_SECONDS = 2.0
 
 
 @dataclass
@@ -112,14 +112,20 @@ def _resume_when_stopped(run: ChaosRun) -> None:
 
 
 def _fill_disk(run: ChaosRun) -> None:
-    """Fill the run's file system after its first save for some seconds, and free it again."""
+    """Fill the run's file system after its first save, and free it when the next one is over."""
     run.wait_until(lambda: bool(run.checkpoints()))
+    every = int(run.checkpoints()[0].name.removeprefix("step-"))
     filler = run.directory / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(1 << 16))
-    full_until = time.monotonic() + _FULL_SECONDS
-    run.wait_until(lambda: time.monotonic() > full_until)
+
+    def missed_a_save() -> bool:
+        # The beacon, for the metrics file has no room either.
+        beacon = read_beacon(beacon_path(run.directory, 0))
+        return beacon is not None and beacon.step > 2 * every
+
+    run.wait_until(missed_a_save)
     filler.unlink()
 
 
@@ -196,7 +202,7 @@ CASES: Mapping[str, Case] = {
         "supervisor killed, then a bit of the newest checkpoint flipped",
         meddle=_flip_newest_checkpoint,
     ),
-    "disk": Case("a full disk for some seconds", meddle=_fill_disk, prepare=_mount_tmpfs),
+    "disk": Case("a full disk while a save is due", meddle=_fill_disk, prepare=_mount_tmpfs),
     "tracker": Case(
         "a tracking server that is not there",
         overrides=("trackers.mlflow=true", "trackers.mlflow_uri=http://127.0.0.1:9"),
