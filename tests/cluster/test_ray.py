@@ -244,11 +244,8 @@ def test_two_ray_workers_train_one_model(cluster: str, tiny_dataset: Path, tmp_p
     """Data parallel over the process group that Ray Train sets up: losses as of one process."""
     from minigpt.cluster.ray_train import RayTrainConfig
     from minigpt.pipeline import train_recipe, train_recipe_on_ray
-    from minigpt.train.config import TrainConfig
     from minigpt.train.metrics import read_metrics
 
-    if "mesh" not in TrainConfig.model_fields:
-        pytest.skip("training knows no mesh yet")
     recipe = write_recipe(tmp_path, tiny_dataset, steps=6)
     cut = ["batch.micro_batch_size=1"]
     ray = RayTrainConfig(workers=2, address=cluster)
