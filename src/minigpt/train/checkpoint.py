@@ -29,8 +29,8 @@ from minigpt.train.checkpoint_chunks import Chunk, Stage, State, view
 from minigpt.train.checkpoint_load import load_tensors
 from minigpt.train.checkpoint_location import open_location
 from minigpt.train.checkpoint_storage import INDEX, Sealed, save_chunks
-from minigpt.train.ranks import Ranks
 from minigpt.train.rng import capture_generators, restore_generators
+from minigpt.train.world import World
 
 STATE = "state.json"
 MODEL_DIRECTORY = "model"
@@ -134,7 +134,7 @@ class CheckpointStore:
             model_files: Content of config.json and the tokenizer's files, by name, put into each
                 checkpoint so that its weights can be exported from it alone.
         """
-        self._ranks = Ranks.of_the_world(timeout=_TIMEOUT)
+        self._world = World.apart(timeout=_TIMEOUT)
         self._location = open_location(directory)
         self._keep = keep
         self._keep_every = keep_every
@@ -147,7 +147,7 @@ class CheckpointStore:
         self.save_seconds: list[float] = []
         """How long each save took that succeeded, waiting in the background included."""
         # Nobody else can be at work here.
-        self._ranks.on_first(self._location.clean)
+        self._world.from_first(self._location.clean)
 
     def steps(self) -> list[int]:
         """List the steps that have a checkpoint, ascending."""
@@ -241,13 +241,13 @@ class CheckpointStore:
             ModelError: The newest one is of another model than `layout`.
         """
         self.settle()
-        steps = self._ranks.on_first(self._location.steps)
+        steps = self._world.from_first(self._location.steps)
         for step in reversed(steps):
             try:
                 return self._load(step, layout)
             except ArtifactError as error:
-                aside = self._ranks.on_first(partial(self._location.set_aside, step))
-                if self._ranks.is_first:
+                aside = self._world.from_first(partial(self._location.set_aside, step))
+                if self._world.is_first:
                     self._log.warning(
                         "corrupt checkpoint set aside", reason=str(error), moved_to=aside
                     )
@@ -267,10 +267,10 @@ class CheckpointStore:
                 if later > step:
                     self._location.remove(later)
 
-        self._ranks.on_first(remove)
+        self._world.from_first(remove)
 
     def _named(self, model: State, optimizer: State) -> dict[str, Tensor]:
-        rng = {f"{self._ranks.rank:05d}/{k}": v for k, v in capture_generators().items()}
+        rng = {f"{self._world.rank:05d}/{k}": v for k, v in capture_generators().items()}
         sections = {"model": model, "optimizer": optimizer, "rng": rng}
         return {f"{s}/{name}": t for s, part in sections.items() for name, t in part.items()}
 
@@ -282,17 +282,17 @@ class CheckpointStore:
             manifests.append(self._commit(place, sealed, record))
 
         try:
-            save_chunks(chunks, self._location, step, commit, self._ranks)
-            manifest = self._ranks.on_first(lambda: manifests[0])
+            save_chunks(chunks, self._location, step, commit, self._world)
+            manifest = self._world.from_first(lambda: manifests[0])
         except BaseException as error:
-            if self._ranks.is_first:
+            if self._world.is_first:
                 with suppress(StorageError):
                     self._location.clean()
-            if isinstance(error, RuntimeError) and self._ranks.size > 1:
+            if isinstance(error, RuntimeError) and self._world.size > 1:
                 # gloo's word for a lost connection
                 raise StorageError(f"can't save step {step}: a rank is gone: {error}") from error
             raise
-        if self._ranks.is_first:
+        if self._world.is_first:
             self._prune(best=record.state["best_step"])
         artifact = Artifact(self._location.path(step), self._location.uri(step), manifest)
         self._last = step, artifact
@@ -332,13 +332,13 @@ class CheckpointStore:
             self._log.warning("can't remove old checkpoint", reason=str(error))
 
     def _load(self, step: int, layout: State | None) -> Checkpoint:
-        ranks, location = self._ranks, self._location
-        fetches = ranks.is_first_on_host
-        ranks.together(lambda: location.fetch(step) if fetches else None)
+        world, location = self._world, self._location
+        fetches = world.is_first_on_host
+        world.together(lambda: location.fetch(step) if fetches else None)
         try:
-            artifact = ranks.together(lambda: self._verified(step))
-            state = ranks.together(lambda: _read_state(artifact))
-            found = load_tensors(artifact, layout, ranks)
+            artifact = world.together(lambda: self._verified(step))
+            state = world.together(lambda: _read_state(artifact))
+            found = load_tensors(artifact, layout, world)
         finally:  # all ranks are done: what ended it for one ended it for all
             if fetches:
                 location.release(step)
@@ -347,7 +347,7 @@ class CheckpointStore:
 
     def _verified(self, step: int) -> Artifact:
         found = open_artifact(self.path(step), kind="checkpoint", verify=False)
-        verify_artifact(found, part=self._ranks.rank, parts=self._ranks.size)
+        verify_artifact(found, part=self._world.rank, parts=self._world.size)
         return Artifact(found.path, self._location.uri(step), found.manifest)
 
 

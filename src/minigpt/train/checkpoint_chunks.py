@@ -26,8 +26,8 @@ from torch.distributed.tensor import DTensor
 
 from minigpt.core.errors import ArtifactError, StorageError
 from minigpt.core.manifest import TensorEntry
-from minigpt.train.ranks import Ranks
 from minigpt.train.tensor_hash import Sums, fingerprint, partial_sums
+from minigpt.train.world import World
 
 State = Mapping[str, Tensor]
 """Tensors by name; a DTensor is sharded, any other tensor whole and alike on its ranks."""
@@ -164,7 +164,7 @@ def as_tensor(chunk: Chunk, layout: Tensor | None) -> Tensor:
     return tensor
 
 
-def verify(chunks: Mapping[str, Chunk], expected: Mapping[str, TensorEntry], ranks: Ranks) -> None:
+def verify(chunks: Mapping[str, Chunk], expected: Mapping[str, TensorEntry], world: World) -> None:
     """Compare loaded tensors, as all ranks together hold them, with their hashes.
 
     Raises:
@@ -177,7 +177,7 @@ def verify(chunks: Mapping[str, Chunk], expected: Mapping[str, TensorEntry], ran
         if chunk.is_counted
     }
     boxes: dict[str, dict[tuple[Any, Any], Sums]] = {}
-    for held in ranks.gather(local):
+    for held in world.gather(local):
         for name, (offset, shape, sums) in held.items():
             if boxes.setdefault(name, {}).setdefault((offset, shape), sums) != sums:
                 raise ArtifactError(f"{name} was not loaded alike on all ranks")

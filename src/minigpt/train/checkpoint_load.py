@@ -10,21 +10,21 @@ from minigpt.core.artifact import Artifact
 from minigpt.core.errors import ModelError
 from minigpt.train.checkpoint_chunks import State, as_tensor, empty_like, verify
 from minigpt.train.checkpoint_storage import DTYPES, Index, load_chunks, read_index
-from minigpt.train.ranks import Ranks
+from minigpt.train.world import World
 
 ALL = ("model", "optimizer", "rng")
 
 
 def load_tensors(
-    artifact: Artifact, layout: State | None, ranks: Ranks, sections: Collection[str] = ALL
+    artifact: Artifact, layout: State | None, world: World, sections: Collection[str] = ALL
 ) -> dict[str, dict[str, Tensor]]:
-    """Load and verify tensors of a checkpoint; every rank of `ranks` calls this.
+    """Load and verify tensors of a checkpoint; every rank of `world` calls this.
 
     Args:
         artifact: The checkpoint; its files are here.
         layout: This rank's model tensors, to lay the weights and their optimizer state out like.
             None loads every tensor whole.
-        ranks: Who loads.
+        world: Who loads.
         sections: Which of `model`, `optimizer` and `rng`.
 
     Returns:
@@ -35,23 +35,23 @@ def load_tensors(
         ArtifactError: A file can't be read, or a value is not the saved one; on every rank.
         ModelError: The checkpoint is of another model than `layout`; on every rank.
     """
-    index = ranks.together(lambda: read_index(artifact.path))
+    index = world.together(lambda: read_index(artifact.path))
     entries = artifact.manifest.tensors
     layouts: dict[str, Tensor | None] = {}
     if "model" in sections:
-        layouts |= ranks.together(lambda: _model_layouts(artifact, index, layout))
-        _check_all_taken(artifact, index, layouts, ranks)
+        layouts |= world.together(lambda: _model_layouts(artifact, index, layout))
+        _check_all_taken(artifact, index, layouts, world)
     if "optimizer" in sections:
         layouts |= _optimizer_layouts(artifact, index, layout)
     if "rng" in sections:
-        prefix = f"rng/{ranks.rank % index.world_size:05d}/"
+        prefix = f"rng/{world.rank % index.world_size:05d}/"
         layouts |= dict.fromkeys(name for name in index.tensors if name.startswith(prefix))
     chunks = {
         name: empty_like(like, DTYPES[entries[name].dtype], entries[name].shape)
         for name, like in layouts.items()
     }
-    load_chunks(chunks, artifact, index, ranks)
-    verify(chunks, entries, ranks)
+    load_chunks(chunks, artifact, index, world)
+    verify(chunks, entries, world)
     found: dict[str, dict[str, Tensor]] = {section: {} for section in sections}
     for name, chunk in chunks.items():
         section, _, key = name.partition("/")
@@ -77,9 +77,9 @@ def _model_layouts(
 
 
 def _check_all_taken(
-    artifact: Artifact, index: Index, layouts: dict[str, Tensor | None], ranks: Ranks
+    artifact: Artifact, index: Index, layouts: dict[str, Tensor | None], world: World
 ) -> None:
-    taken: set[str] = set().union(*ranks.gather(set(layouts)))
+    taken: set[str] = set().union(*world.gather(set(layouts)))
     left = {name for name in index.tensors if name.startswith("model/")} - taken
     if left:
         raise ModelError(

@@ -43,8 +43,8 @@ from minigpt.core.manifest import FileEntry, TensorEntry
 from minigpt.core.storage import storage_errors
 from minigpt.train.checkpoint_chunks import Chunk, LoadPlanner, SavePlanner
 from minigpt.train.checkpoint_location import Location
-from minigpt.train.ranks import Ranks
 from minigpt.train.tensor_hash import Sums, fingerprint, partial_sums
+from minigpt.train.world import World
 
 INDEX = "index.json"
 DTYPES = {
@@ -108,7 +108,7 @@ def save_chunks(
     location: Location,
     step: int,
     commit: Callable[[str, Sealed], None],
-    ranks: Ranks,
+    world: World,
 ) -> None:
     """Write every rank's chunks and, when all are safe, `commit(place, sealed)` on rank 0.
 
@@ -117,21 +117,21 @@ def save_chunks(
         RuntimeError: A rank is gone; on every rank that is left.
     """
     warnings.filterwarnings("ignore", message=_ALONE)
-    writer = _Writer(location, step, commit, ranks)
+    writer = _Writer(location, step, commit, world)
     try:
         save(
             dict(chunks),
             storage_writer=writer,
             planner=SavePlanner(),
-            process_group=ranks.group,
-            no_dist=ranks.group is None,
+            process_group=world.group,
+            no_dist=world.group is None,
         )
     except CheckpointException as error:
         raise _first_failure(error, f"save step {step}") from None
 
 
 def load_chunks(
-    chunks: Mapping[str, Chunk], artifact: Artifact, index: Index, ranks: Ranks
+    chunks: Mapping[str, Chunk], artifact: Artifact, index: Index, world: World
 ) -> None:
     """Fill every rank's chunks from the files.
 
@@ -144,8 +144,8 @@ def load_chunks(
             dict(chunks),
             storage_reader=_Reader(artifact, index),
             planner=LoadPlanner(),
-            process_group=ranks.group,
-            no_dist=ranks.group is None,
+            process_group=world.group,
+            no_dist=world.group is None,
         )
     except CheckpointException as error:
         raise _first_failure(error, f"load {artifact.uri}") from None
@@ -227,12 +227,12 @@ class _Writer(StorageWriter):
     """Writes one checkpoint; the calls come in the order that `StorageWriter` documents."""
 
     def __init__(
-        self, location: Location, step: int, commit: Callable[[str, Sealed], None], ranks: Ranks
+        self, location: Location, step: int, commit: Callable[[str, Sealed], None], world: World
     ) -> None:
         self._location = location
         self._step = step
         self._commit = commit
-        self._ranks = ranks
+        self._world = world
         self._place = ""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -289,7 +289,7 @@ class _Writer(StorageWriter):
         }
         boxes = {name: tuple(part.box for part in some) for name, some in sorted(parts.items())}
         files = {part.box.file: part.entry for some in parts.values() for part in some}
-        index = Index(world_size=self._ranks.size, tensors=boxes)
+        index = Index(world_size=self._world.size, tensors=boxes)
         self._commit(self._place, Sealed(index, files, tensors))
 
     @classmethod
@@ -298,9 +298,9 @@ class _Writer(StorageWriter):
         return False
 
     def _file_name(self, section: str) -> str:
-        if self._ranks.size == 1:
+        if self._world.size == 1:
             return f"{section}.safetensors"
-        return f"{section}-{self._ranks.rank + 1:05d}-of-{self._ranks.size:05d}.safetensors"
+        return f"{section}-{self._world.rank + 1:05d}-of-{self._world.size:05d}.safetensors"
 
 
 class _Reader(StorageReader):

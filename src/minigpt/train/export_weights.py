@@ -13,7 +13,7 @@ from minigpt.model.hf import config_from_hf, config_to_hf
 from minigpt.model.weights import CONFIG, save_model, tokenizer_files
 from minigpt.train.checkpoint import MODEL_DIRECTORY
 from minigpt.train.checkpoint_load import load_tensors
-from minigpt.train.ranks import Ranks
+from minigpt.train.world import World
 
 
 def model_files(config: ModelConfig, tokenizer_dir: Path) -> dict[str, bytes]:
@@ -43,7 +43,7 @@ def export_weights(checkpoint: str | Path, destination: str | Path) -> Artifact:
             f"{source.uri} has no {MODEL_DIRECTORY}/{CONFIG}: it is not known what model it is",
             remedy="export a checkpoint that `minigpt train` wrote",
         ) from None
-    weights = load_tensors(source, None, Ranks(), ["model"])["model"]
+    weights = load_tensors(source, None, World(), ["model"])["model"]
     with create_artifact(
         destination, kind="model", parents=[source], config=source.manifest.config
     ) as draft:

@@ -57,8 +57,8 @@ class StepGuard:
         action, self._strikes = decide(verdict, self._strikes, self._config)
         ranks: tuple[int, ...] = ()
         if verdict is not Verdict.HEALTHY:
-            finite = self._world.gather([float(own_finite)])
-            ranks = tuple(rank for rank, (flag,) in enumerate(finite) if not flag)
+            finite = self._world.gather(own_finite)
+            ranks = tuple(rank for rank, flag in enumerate(finite) if not flag)
         if action is Action.ACCEPT:
             self._detector.accept(result.loss)
         elif action is Action.SKIP and self._strikes.in_a_row == 1:

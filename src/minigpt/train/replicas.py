@@ -14,7 +14,6 @@ from minigpt.train.progress import Progress
 from minigpt.train.watchdog import compute_seconds, find_divergent, find_stragglers
 from minigpt.train.world import World
 
-_WORD = 1 << 32
 _PRIME = 1_000_003
 _REPLICATED_OUTSIDE = ("pp", "fsdp", "ep", "tp")
 """Axes along which ranks hold different weights."""
@@ -50,11 +49,9 @@ class RankComparison:
         own = total - self._computed
         checksum = weights_checksum(weights)
         replica = self._mesh.rank(*_REPLICATED_OUTSIDE)
-        # float64 holds integers up to 2^53: the checksum goes in two halves.
-        rows = self._world.gather([checksum // _WORD, checksum % _WORD, float(replica), own])
-        sums = [int(high) * _WORD + int(low) for high, low, _, _ in rows]
-        seconds = [row[3] for row in rows]
-        divergent = find_divergent(sums, [row[2] for row in rows])
+        rows = self._world.gather((checksum, replica, own))
+        seconds = [row[2] for row in rows]
+        divergent = find_divergent([row[0] for row in rows], [row[1] for row in rows])
         if not speeds:  # too few steps to tell a slow rank from an unlucky one
             return RankReport(divergent, [], seconds)
         self._computed = total

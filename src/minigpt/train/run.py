@@ -114,11 +114,11 @@ def train(
     run_dir, clock = run_dir.absolute(), clock or SystemClock()
     began = clock.now().timestamp() if began is None else began
     with open_mesh(config.mesh, choose_device(config.device), timeout=collective_timeout()) as mesh:
-        world = World()
+        world = World.joined()
         with hold_run(run_dir) if world.is_first and not is_supervised() else nullcontext():
             finished = world.from_first(lambda: find_finished(config, run_dir))
             if finished is not None:
-                return finished  # type: ignore[no-any-return]
+                return finished
             return _train(config, dataset, run_dir, Ranks(world, mesh, began), clock)
 
 
@@ -314,8 +314,7 @@ def _train_to_the_end(
     finish = partial(
         _finish, config, model, sources, outputs, run_dir, parts.loader, loop.state, checkpoint
     )
-    artifact: Artifact = world.from_first(finish)
-    return artifact
+    return world.from_first(finish)
 
 
 def _open_outputs(config: TrainConfig, parts: Build, sources: Sources, session: Session) -> Outputs:

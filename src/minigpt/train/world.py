@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other besides tensors: votes, and small facts.
+"""The ranks of a run, for what they tell each other besides tensors: votes, facts, failures.
 
 Over the CPU (gloo) whatever the device, so that a decision never waits for a stream. One process
 has no process group: it is then alone with its vote.
@@ -8,55 +8,96 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from minigpt.core.errors import MinigptError
+
 SUPERVISED_VARIABLE = "MINIGPT_SUPERVISED"
+
+T = TypeVar("T")
 
 _POLL_SECONDS = 0.05
 
 
 class World:
-    """The ranks of this run. Every method but `is_first` is for all ranks at the same point."""
+    """This process among all ranks of a run, or alone.
 
-    def __init__(self) -> None:
-        """Join the default process group, where there is one."""
-        self.size = dist.get_world_size() if dist.is_initialized() else 1
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+    Every method is for all ranks at the same point; where a rank is gone, the others get a
+    RuntimeError at once, or after the group's timeout. What ranks send each other is pickled
+    between processes of one run, never read from a file.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        """Take the ranks of `group`; None is this process alone."""
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    @classmethod
+    def joined(cls) -> World:
+        """Take all ranks, in the default process group; alone where there is none."""
+        return cls(dist.group.WORLD if _has_others() else None)
+
+    @classmethod
+    def apart(cls, *, timeout: timedelta) -> World:
+        """Take all ranks, in a new gloo group; alone where there is no process group.
+
+        A group of its own lets messages pass in a background thread while the main thread is in
+        the middle of other collectives.
+        """
+        return cls(dist.new_group(backend="gloo", timeout=timeout) if _has_others() else None)
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes what a run leaves."""
+        """Whether this is rank 0, which writes what a run leaves."""
         return self.rank == 0
+
+    @property
+    def is_first_on_host(self) -> bool:
+        """Whether this is the first process of its machine, by torchrun's LOCAL_RANK."""
+        return self.group is None or int(os.environ.get("LOCAL_RANK", self.rank)) == 0
 
     def vote(self, *values: int) -> tuple[int, ...]:
         """Return the largest of each value over the ranks."""
-        if self.size == 1:
+        if self.group is None:
             return values
         tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tuple(tensor.tolist())
 
-    def gather(self, values: Sequence[float]) -> list[list[float]]:
-        """Return every rank's values (all of one length), by rank, in float64."""
-        own = torch.tensor(values, dtype=torch.float64)
-        if self.size == 1:
-            return [own.tolist()]
-        all_values = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(all_values, own)
-        return [tensor.tolist() for tensor in all_values]
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in the order of the ranks."""
+        if self.group is None:
+            return [value]
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
-    def from_first(self, make: Callable[[], Any]) -> Any:
-        """Return what rank 0 makes; what it raises there is raised everywhere.
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; return this rank's result, or raise the first error on all.
 
-        The value is pickled between processes of one run, never read from a file.
+        Only a `MinigptError` is shared; anything else is a bug and ends this process.
         """
-        if self.size == 1:
+        result: T | None = None
+        error: MinigptError | None = None
+        try:
+            result = action()
+        except MinigptError as raised:
+            error = raised
+        for failed in self.gather(error):
+            if failed is not None:
+                raise failed
+        return result  # type: ignore[return-value]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Return what rank 0 makes; what it raises there is raised everywhere."""
+        if self.group is None:
             return make()
         message: list[Any] = [None, None]
         if self.is_first:
@@ -64,10 +105,10 @@ class World:
                 message[0] = make()
             except Exception as error:  # so that no rank waits for one that has gone
                 message[1] = error
-        dist.broadcast_object_list(message, src=0)
+        dist.broadcast_object_list(message, group=self.group, group_src=0)
         if message[1] is not None:
             raise message[1]
-        return message[0]
+        return message[0]  # type: ignore[no-any-return]
 
 
 class Meeting:
@@ -128,3 +169,7 @@ def is_supervised() -> bool:
 def collective_timeout() -> timedelta:
     """Return how long a rank waits for the others: long, because the watchdog is quicker."""
     return timedelta(hours=2)
+
+
+def _has_others() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
