@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import environment, print_environment, print_table, spread, write_results
-from minigpt.cluster.reliability import ring_all_reduce_seconds
 from minigpt.cluster.simulate import (
     KnownFailures,
     Ledger,
     SimulationConfig,
     Timings,
+    ring_all_reduce_seconds,
     run_job,
     simulate,
 )

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt.cluster.reliability import daly_interval, effective_time, ring_all_reduce_seconds
 from minigpt.cluster.simulate import (
     KnownFailures,
     RandomFailures,
     SimulationConfig,
     Timings,
+    ring_all_reduce_seconds,
     run_job,
     simulate,
 )
@@ -26,18 +26,6 @@ def test_ring_all_reduce_of_two_and_of_many() -> None:
     assert ring_all_reduce_seconds(2, 100, 10) == 10
     assert ring_all_reduce_seconds(1, 100, 10, 5) == 0
     assert math.isclose(ring_all_reduce_seconds(1024, 1e9, 1e9, 1e-6), 2 * 1023 / 1024 + 2046e-6)
-
-
-def test_intervals_of_young_and_daly() -> None:
-    """The figures of Llama 3's MTBF: 3.1 h; a save of 60 s pays every 19 minutes."""
-    mtbf = 3.1 * 3600
-    assert 18 < daly_interval(60, mtbf) / 60 < 20
-    assert math.isclose(daly_interval(1e-3, 1e9), math.sqrt(2 * 1e-3 * 1e9), rel_tol=1e-3)
-    assert daly_interval(100, 40) == 40
-    best = daly_interval(60, mtbf)
-    effective = effective_time(best, 60, 0, mtbf)
-    assert 0.89 < effective < 0.91
-    assert all(effective_time(best * k, 60, 0, mtbf) < effective for k in (0.7, 1.4))
 
 
 def test_known_failures_by_hand() -> None:

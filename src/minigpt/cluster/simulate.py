@@ -3,7 +3,7 @@
 Failures are exponential per node. Each one stops the whole job; it costs the work since the last
 durable checkpoint, the detection, a node where a spare must take over (or one be repaired first),
 and the restart. What comes out is simulated: `bench/cluster_simulator.py` compares it with real
-processes on gloo, and with the closed forms in `reliability.py`.
+processes on gloo, and with the closed form in `core.reliability`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from pydantic import Field
 
-from minigpt.cluster.reliability import daly_interval, effective_time, ring_all_reduce_seconds
 from minigpt.core.config import Config
+from minigpt.core.reliability import daly_interval, effective_share
 
 HOUR, DAY = 3600.0, 86_400.0
 
@@ -294,7 +294,7 @@ class Simulation:
         """Daly's expectation; without shortage of nodes and with durable saves it is exact."""
         timings = self.timings
         downtime = timings.detection + timings.restart
-        return effective_time(timings.interval, timings.stall, downtime, self.config.mtbf_seconds)
+        return effective_share(timings.interval, timings.stall, self.config.mtbf_seconds, downtime)
 
     def summary(self) -> dict[str, Any]:
         """Return the result as plain values."""
@@ -317,6 +317,20 @@ class Simulation:
 
     def _shares(self, part: str) -> list[float]:
         return [ledger.parts()[part] / ledger.total for ledger in self.ledgers]
+
+
+def ring_all_reduce_seconds(
+    ranks: int, size: float, bandwidth: float, latency: float = 0.0
+) -> float:
+    """Return the time of a ring all-reduce: 2 (N-1)/N S/bandwidth + 2 (N-1) latency.
+
+    Args:
+        ranks: N, participants.
+        size: S, bytes of the buffer on each.
+        bandwidth: Bytes per second of each link.
+        latency: Seconds a message.
+    """
+    return 2 * (ranks - 1) / ranks * size / bandwidth + 2 * (ranks - 1) * latency
 
 
 def simulate(config: SimulationConfig) -> Simulation:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.core.errors import TrainingError
+from minigpt.core.reliability import daly_interval, reliability
 from minigpt.train.goodput import cost, read_goodput
 from minigpt.train.metrics import read_metrics
-from minigpt.train.reliability import daly_interval, reliability
 from minigpt.train.run import METRICS_FILE, stored_config
 from minigpt.train.sessions import EVENTS_FILE, until_now
 

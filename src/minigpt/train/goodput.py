@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from minigpt.train.reliability import FailureRate, failure_rate
+from minigpt.core.reliability import FailureRate, failure_rate
 from minigpt.train.sessions import FAILED, ended_sessions
 
 CATEGORY = {

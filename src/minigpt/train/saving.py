@@ -15,13 +15,13 @@ from minigpt.core.artifact import Artifact
 from minigpt.core.clock import Clock
 from minigpt.core.errors import ConfigError, StorageError
 from minigpt.core.manifest import Parent
+from minigpt.core.reliability import daly_interval, failure_rate
 from minigpt.core.telemetry import get_logger
 from minigpt.model.lora import trained_state
 from minigpt.train.build import Build
 from minigpt.train.checkpoint import PendingSave, TrainState
 from minigpt.train.config import TrainConfig
 from minigpt.train.context import Member, Outputs
-from minigpt.train.reliability import daly_interval, failure_rate
 from minigpt.train.reporter import Reporter
 from minigpt.train.sessions import History
 

@@ -1,8 +1,8 @@
-"""How often a run fails, and how often it should therefore save.
+"""How often a run fails, how often it should therefore save, and what share of time is left.
 
 Failures are a Poisson process of rate lambda. What was observed (k failures in T hours) bounds
 lambda by exact chi-square quantiles; plans use the upper bound. The best interval between saves
-follows Young (1974) and Daly's higher-order estimate (FGCS 22, 2006).
+follows Young (CACM 1974) and Daly's higher-order estimate (FGCS 22, 2006).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def young_interval(save_seconds: float, mtbf_seconds: float) -> float:
 
 
 def daly_interval(save_seconds: float, mtbf_seconds: float) -> float:
-    """Return Daly's interval of computing between saves, seconds.
+    """Return Daly's interval of computing between saves, seconds (equation 37).
 
     sqrt(2 delta M) (1 + sqrt(delta / 2M) / 3 + (delta / 2M) / 9) - delta for delta < 2M, else M.
     Equals Young's where a save is short against the time between failures.
@@ -78,16 +78,26 @@ def daly_interval(save_seconds: float, mtbf_seconds: float) -> float:
     return young * (1 + math.sqrt(share) / 3 + share / 9) - save_seconds
 
 
-def lost_share(
+def effective_share(
     interval_seconds: float, save_seconds: float, mtbf_seconds: float, restart_seconds: float = 0
 ) -> float:
-    """Return the share of time that saves, redone work and restarts cost, to first order.
+    """Return the expected share of the wall clock that is work which is kept.
 
-    delta / tau + (tau / 2 + R) / M: tau the interval, R the time of a restart.
+    Daly's equation 20, tau / (M e^(R / M) (e^((tau + delta) / M) - 1)): failures may fall into a
+    save and into the restart after another.
+
+    Args:
+        interval_seconds: tau, work between two saves.
+        save_seconds: delta, for which training stands still for a save.
+        mtbf_seconds: M, mean time between failures; may be infinite.
+        restart_seconds: R, from a failure until training goes on.
     """
     assert interval_seconds > 0 and mtbf_seconds > 0
-    redone = interval_seconds / 2 + restart_seconds
-    return save_seconds / interval_seconds + redone / mtbf_seconds
+    if mtbf_seconds == math.inf:
+        return interval_seconds / (interval_seconds + save_seconds)
+    cycle = (interval_seconds + save_seconds) / mtbf_seconds
+    restarted = mtbf_seconds * math.exp(restart_seconds / mtbf_seconds)
+    return interval_seconds / (restarted * math.expm1(cycle))
 
 
 def _poisson_cdf(count: int, mean: float) -> float:
