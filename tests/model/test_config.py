@@ -71,6 +71,6 @@ def test_refuses_in_one_line(changes: dict[str, object], message: str) -> None:
 
 
 def test_importing_the_config_does_not_import_torch() -> None:
-    code = "import sys, minigpt.model.config, minigpt.model.hf; print('torch' in sys.modules)"
+    code = "import sys, minigpt.model.hf, minigpt.model.hf_write; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

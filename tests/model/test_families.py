@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from minigpt.model.attention import CausalAttention
-from minigpt.model.hf import config_from_hf, config_to_hf
+from minigpt.model.hf import config_from_hf
+from minigpt.model.hf_write import config_to_hf
 from minigpt.model.moe import Experts
 from minigpt.model.weights import LoadedModel, load_model, save_model
 

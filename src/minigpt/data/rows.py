@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from minigpt.data.packing import PackingPlan
+from minigpt.data.packing import Integers, PackingPlan
 from minigpt.data.shards import TokenDataset
 
 IGNORED_TARGET = -1
 NO_DOCUMENT = -1
-
-Integers = npt.NDArray[np.int64]
 
 
 class RowTokens(NamedTuple):

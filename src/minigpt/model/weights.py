@@ -19,7 +19,8 @@ from minigpt.core.manifest import hash_file
 from minigpt.core.storage import is_remote, storage_errors
 from minigpt.model.config import ModelConfig
 from minigpt.model.decoder import Decoder
-from minigpt.model.hf import QUANT_METHOD, config_from_hf, config_to_hf, family_of, is_quantized
+from minigpt.model.hf import QUANT_METHOD, config_from_hf, is_quantized
+from minigpt.model.hf_write import config_to_hf, family_of
 from minigpt.model.linear import Int8Embedding, Int8Linear
 from minigpt.model.tensor_files import read_tensors, weight_files, write_tensors
 from minigpt.model.tensor_names import from_hf, to_hf

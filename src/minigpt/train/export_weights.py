@@ -9,7 +9,8 @@ from minigpt.core.artifact import Artifact, create_artifact, open_artifact
 from minigpt.core.errors import ArtifactError
 from minigpt.core.storage import storage_errors
 from minigpt.model.config import ModelConfig
-from minigpt.model.hf import config_from_hf, config_to_hf
+from minigpt.model.hf import config_from_hf
+from minigpt.model.hf_write import config_to_hf
 from minigpt.model.weights import CONFIG, save_model, tokenizer_files
 from minigpt.train.checkpoint import MODEL_DIRECTORY
 from minigpt.train.checkpoint_load import load_tensors
