@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from minigpt.core.artifact import Artifact, open_artifact
 from minigpt.core.config import from_mapping
 from minigpt.model.config import ModelConfig
 from minigpt.model.decoder import Decoder
@@ -46,6 +47,12 @@ def make_config(tiny_dataset: Path) -> ConfigFactory:
         return from_mapping(TrainConfig, tree | changes)
 
     return make
+
+
+@pytest.fixture
+def dataset(tiny_dataset: Path) -> Artifact:
+    """The dataset of `make_config`, opened."""
+    return open_artifact(tiny_dataset, kind="dataset")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from minigpt.core.config import Config, from_mapping
 from minigpt.core.errors import ArtifactError, ConfigError, StorageError
@@ -39,6 +39,8 @@ from minigpt.core.storage import (
     sync_file,
     upload_directory,
 )
+
+C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -282,25 +284,41 @@ def read_manifest(path: Path) -> Manifest:
         ArtifactError: It is missing, malformed, changed or from a newer version.
     """
     source = path / MANIFEST
+    missing = ArtifactError(f"no artifact at {path}: {MANIFEST} is missing")
+    manifest = read_versioned(source, Manifest, newest=FORMAT_VERSION, missing=missing)
+    if manifest.computed_id() != manifest.id:
+        raise ArtifactError(f"{source} is corrupt: its content does not hash to its id")
+    return manifest
+
+
+def read_versioned(source: Path, cls: type[C], *, newest: int, missing: ArtifactError) -> C:
+    """Read a JSON file whose `format_version` says which minigpt can.
+
+    Args:
+        source: The file.
+        cls: Its content.
+        newest: The highest version that is understood.
+        missing: What to raise where there is no such file.
+
+    Raises:
+        ArtifactError: The file is missing, malformed or from a newer version.
+    """
     try:
         tree = json.loads(source.read_bytes())
         found = tree["format_version"]
     except FileNotFoundError:
-        raise ArtifactError(f"no artifact at {path}: {MANIFEST} is missing") from None
+        raise missing from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{source} is corrupt: {error}") from None
-    if not isinstance(found, int) or found > FORMAT_VERSION:
+    if not isinstance(found, int) or found > newest:
         raise ArtifactError(
-            f"{source} has format version {found}, this minigpt reads up to {FORMAT_VERSION}",
+            f"{source} has format version {found}, this minigpt reads up to {newest}",
             remedy="upgrade minigpt",
         )
     try:
-        manifest = from_mapping(Manifest, tree)
+        return from_mapping(cls, tree)
     except ConfigError as error:
         raise ArtifactError(f"{source} is corrupt: {error}") from None
-    if manifest.computed_id() != manifest.id:
-        raise ArtifactError(f"{source} is corrupt: its content does not hash to its id")
-    return manifest
 
 
 def _check_sizes(path: Path, manifest: Manifest) -> None:

@@ -16,15 +16,14 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from minigpt.core.artifact import read_manifest
-from minigpt.core.config import Config, from_mapping
-from minigpt.core.errors import ArtifactError, ConfigError
+from minigpt.core.artifact import read_manifest, read_versioned
+from minigpt.core.config import Config
+from minigpt.core.errors import ArtifactError
 from minigpt.core.manifest import Manifest
 from minigpt.core.storage import is_remote, write_atomic
 from minigpt.data.config import Content
@@ -112,12 +111,7 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def _open_shard(self) -> BinaryIO:
@@ -289,26 +283,12 @@ def read_index(directory: Path) -> DatasetIndex:
     Raises:
         ArtifactError: It is missing, malformed or from a newer version.
     """
+    missing = ArtifactError(
+        f"no dataset at {directory}: {INDEX_FILE} is missing",
+        remedy="make one with `minigpt data prepare`",
+    )
     source = directory / INDEX_FILE
-    try:
-        tree = json.loads(source.read_bytes())
-        version = tree["format_version"]
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"no dataset at {directory}: {INDEX_FILE} is missing",
-            remedy="make one with `minigpt data prepare`",
-        ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"{source} is corrupt: {error}") from None
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ArtifactError(
-            f"{source} has format version {version}, this minigpt reads up to {FORMAT_VERSION}",
-            remedy="upgrade minigpt",
-        )
-    try:
-        return from_mapping(DatasetIndex, tree)
-    except ConfigError as error:
-        raise ArtifactError(f"{source} is corrupt: {error}") from None
+    return read_versioned(source, DatasetIndex, newest=FORMAT_VERSION, missing=missing)
 
 
 def targets_name(split: Split) -> str:
