@@ -1,4 +1,4 @@
-"""Saves that fail, take too long, or come by the clock: the run's bits do not change."""
+"""Whole runs whose saves fail, take too long, or come by the clock: their bits do not change."""
 
 from __future__ import annotations
 
