@@ -92,7 +92,8 @@ def measure(
     decoder = _decoder(model)
     if config.lora.rank:
         add_adapters(decoder, config.lora, torch.Generator().manual_seed(0))
-    objective = make_objective(config, model, _loaded(model), teacher and _loaded(teacher))
+    teaching = None if teacher is None else _loaded(teacher)
+    objective = make_objective(config, model, _loaded(model), teaching)
     dtype = product_dtype(config.precision)
     laid = spread(decoder, mesh, dtype=dtype)
     del decoder  # of a pipeline the other stages' layers go with it
