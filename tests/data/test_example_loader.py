@@ -49,7 +49,9 @@ def test_each_epoch_holds_each_example_once(
     datasets: dict[str, TokenDataset], kind: str, seed: int, epoch: int
 ) -> None:
     made = loader(datasets[kind], seed=seed)
-    rows = made.rows(epoch * made.num_rows, made.num_rows)
+    located = made.locate(epoch * made.num_rows, made.num_rows)
+    assert {row.epoch for row in located} == {epoch}
+    rows = [row.documents for row in located]
     assert sorted(np.concatenate(rows).tolist()) == list(range(datasets[kind].num_documents))
     if kind == "preference":
         pairs = np.concatenate(rows).reshape(-1, 2)
@@ -63,7 +65,7 @@ def test_a_row_holds_whole_examples_and_only_their_targets(
     dataset = datasets[kind]
     made = loader(dataset)
     batch = made.batch_at(8)
-    for row, members in enumerate(made.rows(8, 4)):
+    for row, members in enumerate(row.documents for row in made.locate(8, 4)):
         assert len(members) == 1 or kind == "chat"
         for number, document in enumerate(members.tolist()):
             at = (batch.documents[row] == number).nonzero()[:, 0]
@@ -151,7 +153,7 @@ def test_skipped_steps_are_cut_out_of_the_order(
 def test_a_skipped_example_loses_its_targets(datasets: dict[str, TokenDataset], kind: str) -> None:
     made = loader(datasets[kind])
     before = made.batch_at(0)
-    (document, *_), *_ = made.rows(0, 1)
+    document, *_ = made.locate(0, 1)[0].documents
     entry = made.document_entry(f"data:{document}", by_content=True)
     made.use_skip_list(SkipList().with_document(entry))
     after = made.batch_at(0)

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from minigpt.data.example_loader import ExampleLoader
 from minigpt.data.explain import explain_step
 from minigpt.data.loader import BatchLoader
 from minigpt.data.mixture import Mixture, Stage
@@ -47,3 +52,43 @@ def test_what_it_names_is_what_the_step_was_fed(three_datasets: dict[str, TokenD
                 assert batch.tokens[row, : len(tokens)].tolist() == tokens
                 assert (batch.targets[row, len(tokens) :] == IGNORED_TARGET).all()
     assert seen_skipped
+
+
+@pytest.mark.parametrize("kind", ["chat", "preference"])
+def test_it_names_the_conversations_and_answers(
+    example_datasets: dict[str, Path], kind: str
+) -> None:
+    """Rebuild the batches of a step of examples from the explanation alone."""
+    dataset = TokenDataset.open(example_datasets[kind], "train")
+    loader = ExampleLoader(dataset, batch_size=4, sequence_length=256, seed=3)
+    skipped = next(explain_step(loader, 5, micro_batches=2)).document
+    entry = loader.document_entry(f"data:{skipped}").replace(since=1)
+    loader.use_skip_list(SkipList().with_document(entry))
+    for step in (0, 5, 40):
+        fed = list(explain_step(loader, step, micro_batches=2))
+        assert {f.epoch for f in fed} <= {
+            step * 8 // loader.num_rows,
+            (step * 8 + 7) // loader.num_rows,
+        }
+        for first in (step * 8, step * 8 + 4):
+            batch = loader.batch_at(first)
+            for row in range(4):
+                parts = [f for f in fed if f.sample == first + row]
+                tokens = [t for f in parts for t in dataset.tokens(f.start, f.stop).tolist()]
+                assert batch.tokens[row, : len(tokens)].tolist() == tokens
+                at = 0
+                for number, f in enumerate(parts):
+                    assert (batch.documents[row, at : at + f.tokens] == number).all()
+                    targets = batch.targets[row, at : at + f.tokens]
+                    assert int((targets != IGNORED_TARGET).sum()) == f.targets
+                    assert f.skipped == (f.targets == 0)
+                    at += f.tokens
+                if kind == "preference":
+                    (only,) = parts
+                    assert only.part == ("chosen", "rejected")[row % 2]
+                    assert only.document % 2 == row % 2
+                else:
+                    assert {f.part for f in parts} == {"conversation"}
+    again = [f for f in explain_step(loader, 5, micro_batches=2) if f.skipped]
+    assert skipped in {f.document for f in again}
+    assert len(again) == (2 if kind == "preference" else 1)  # of a pair both

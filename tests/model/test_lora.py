@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -195,9 +194,8 @@ def test_models_without_the_target_are_refused() -> None:
         from_mapping(LoraConfig, {"targets": ["q_proj", "q_proj"]})
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 def test_peft_reads_the_files(tiny_model: Path, tmp_path: Path) -> None:
-    from peft import PeftModel  # type: ignore[import-not-found]
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = load_model(tiny_model).model

@@ -1,15 +1,25 @@
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
+from minigpt.core.artifact import open_artifact
+from minigpt.core.clock import SystemClock
 from minigpt.core.config import from_mapping
 from minigpt.core.errors import ConfigError
 from minigpt.model.config import ModelConfig
 from minigpt.model.decoder import Decoder
+from minigpt.train.checkpoint import Checkpoint, CheckpointStore
 from minigpt.train.config import OptimizerConfig, TrainConfig
+from minigpt.train.interrupt import TrainingInterruptedError
 from minigpt.train.low_bit import check_state_bits
 from minigpt.train.optimizer import Optimizer
+from minigpt.train.run import read_final, train
 from minigpt.train.step import StepOptions, TrainStep
 from minigpt.train.verify_parallel import make_batch
 
@@ -71,3 +81,45 @@ def test_bytes_train_nearly_as_well_and_resume_bit_for_bit() -> None:
     second, end, _ = _train(8, range(3, 6), (half, middle))
     assert first + second == losses
     assert all(torch.equal(end[name], weights[name]) for name in weights)
+
+
+class _StopAfter(SystemClock):
+    """Asks for a stop, as a preemption does, when a run has logged some steps."""
+
+    def __init__(self, run_dir: Path, steps: int) -> None:
+        self._file, self._steps = run_dir / "metrics.jsonl", steps
+        self._sent = False
+
+    def monotonic(self) -> float:
+        found = self._file.read_text().count("\n") if self._file.exists() else 0
+        if found >= self._steps and not self._sent:
+            self._sent = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().monotonic()
+
+
+def _latest(run_dir: Path) -> Checkpoint:
+    found = CheckpointStore(run_dir / "checkpoints", keep=2).load_latest()
+    assert found is not None
+    return found
+
+
+@pytest.mark.soak
+def test_a_run_with_bytes_goes_through_a_checkpoint_bit_for_bit(
+    make_config: Callable[..., TrainConfig], tiny_dataset: Path, tmp_path: Path
+) -> None:
+    bytes_of_adamw = {"kind": "adamw", "state_bits": 8}
+    config = make_config(steps=6, optimizer=bytes_of_adamw, model={"hidden_size": 64})
+    dataset = open_artifact(tiny_dataset)
+    train(config, dataset, tmp_path / "whole")
+    with pytest.raises(TrainingInterruptedError):
+        train(config, dataset, tmp_path / "run", clock=_StopAfter(tmp_path / "run", 3))
+    saved = _latest(tmp_path / "run").optimizer
+    codes = {name: tensor for name, tensor in saved.items() if name.endswith(".codes")}
+    assert codes and all(tensor.dtype == torch.uint8 for tensor in codes.values())
+    train(config, dataset, tmp_path / "run")
+    whole, resumed = (read_final(tmp_path / name) for name in ("whole", "run"))
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    expected, found = (_latest(tmp_path / name).optimizer for name in ("whole", "run"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)

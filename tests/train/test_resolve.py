@@ -78,6 +78,7 @@ def test_the_size_is_what_the_budget_trains_well() -> None:
     by_time = [chosen(minutes=minutes) for minutes in (1, 10, 100, 1000)]
     assert by_time == sorted(by_time) and by_time[0] < by_time[-1]
     assert chosen(minutes=30) < chosen(minutes=30, peak_flops=4e14)
+    assert chosen(minutes=30) < chosen(minutes=30, mesh={"dp": 4})  # four ranks' work
     assert chosen(max_tokens=10_000_000) < chosen(max_tokens=1_000_000_000)
 
 

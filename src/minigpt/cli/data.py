@@ -98,10 +98,10 @@ def inspect(
 def explain(
     run: RunOption,
     step: Annotated[int, typer.Option(min=1, help="The step, as metrics.jsonl counts, from 1.")],
-    characters: Annotated[int, typer.Option(min=0, help="Text to show of each document.")] = 60,
+    characters: Annotated[int, typer.Option(min=0, help="Text to show of each.")] = 60,
     json: JsonOption = False,
 ) -> None:
-    """Name the documents that fed a step of a run."""
+    """Name the documents, conversations or answers that fed a step of a run."""
     configure_logging(json=json)
     from minigpt.data.explain import explain_step
 
@@ -112,7 +112,8 @@ def explain(
     def human() -> None:
         typer.echo(f"step {step}: {micro_batches} micro-batches of {loader.batch_size} rows")
         for item in fed:
-            mark = "  skipped" if item.skipped else ""
+            mark = "" if item.part == "text" else f"  {item.part}, {item.targets} targets"
+            mark += "  skipped" if item.skipped else ""
             typer.echo(
                 f"  {item.micro_batch}.{item.row}  {item.source}:{item.document}  "
                 f"epoch {item.epoch}  tokens {item.start:,}-{item.stop:,} ({item.tokens:,})"

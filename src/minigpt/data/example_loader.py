@@ -5,7 +5,7 @@ Unlike the windows of `data.loader`, no row begins or ends inside an example.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,15 @@ from minigpt.data.permutation import Permutation
 from minigpt.data.rows import IGNORED_TARGET
 from minigpt.data.shards import TokenDataset
 from minigpt.data.skip_list import SkipList
+
+
+class ExampleRow(NamedTuple):
+    """One row of a batch."""
+
+    epoch: int
+    """How often the examples have been used up before."""
+    documents: npt.NDArray[np.int64]
+    """Numbers of its examples, in their order."""
 
 
 class ExampleLoader(SampleLoader):
@@ -96,7 +105,7 @@ class ExampleLoader(SampleLoader):
         targets = np.full(shape, IGNORED_TARGET, np.int64)
         positions = np.zeros(shape, np.int64)
         documents = np.zeros(shape, np.int32)
-        for row, members in enumerate(self.rows(first_sample, self.batch_size)):
+        for row, (_, members) in enumerate(self.locate(first_sample, self.batch_size)):
             at = 0
             for number, document in enumerate(members.tolist()):
                 ids = self.dataset.document(document).astype(np.int64)
@@ -105,7 +114,7 @@ class ExampleLoader(SampleLoader):
                 assert mask is not None
                 end = at + len(ids)
                 tokens[row, at:end] = ids
-                if not self._is_hidden(document, first_sample + row):
+                if not self.is_hidden(document, first_sample + row):
                     targets[row, at : end - 1] = np.where(mask, ids[1:], IGNORED_TARGET)
                 positions[row, at:end] = np.arange(len(ids))
                 documents[row, at:end] = number
@@ -114,8 +123,8 @@ class ExampleLoader(SampleLoader):
             documents[row, at:] = len(members)
         return Batch(*map(torch.from_numpy, (tokens, targets, positions, documents)))
 
-    def rows(self, first_sample: int, count: int) -> list[npt.NDArray[np.int64]]:
-        """Return the documents of the rows at samples [first_sample, first_sample + count)."""
+    def locate(self, first_sample: int, count: int) -> list[ExampleRow]:
+        """Find what the samples [first_sample, first_sample + count) are."""
         found = []
         samples = np.arange(first_sample, first_sample + count, dtype=np.int64)
         for place in self.skip_list.places(samples).tolist():
@@ -123,10 +132,12 @@ class ExampleLoader(SampleLoader):
             epoch, rank = divmod(unit, self.num_rows // self._group)
             permutation = Permutation(self.num_rows // self._group, f"{self.seed}/{epoch}")
             row = self._group * int(permutation([rank])[0]) + within
-            found.append(self._order[self._starts[row] : self._starts[row + 1]])
+            members = self._order[self._starts[row] : self._starts[row + 1]]
+            found.append(ExampleRow(epoch, members))
         return found
 
-    def _is_hidden(self, document: int, sample: int) -> bool:
+    def is_hidden(self, document: int, sample: int) -> bool:
+        """Tell whether a document's targets, or its pair's, are skipped at a sample."""
         since = self._hidden.get(document // self._group)
         return since is not None and since <= sample
 

@@ -33,7 +33,7 @@ from minigpt.train.machine import (
     has_fast_bfloat16,
     measured_peak,
 )
-from minigpt.train.memory import check_fits, describe_workload, layers_to_recompute
+from minigpt.train.memory import check_fits, layers_to_recompute
 from minigpt.train.mesh import AXES, Mesh, check_model
 from minigpt.train.objectives import check_content, check_tokenizer, make_objective
 from minigpt.train.optimizer import Optimizer
@@ -44,6 +44,7 @@ from minigpt.train.resolve import Facts, Resolved, resolve, with_steps
 from minigpt.train.step import NonFiniteError, StepOptions, TrainStep
 from minigpt.train.tree import check_tree
 from minigpt.train.validation import Validator
+from minigpt.train.workload import describe_workload
 
 _HEAP_BYTES = 4 << 30  # address space, not memory
 _MEASURE_SHARE = 0.05
@@ -143,7 +144,8 @@ def resolve_for(config: TrainConfig, sources: Sources) -> Resolved:
     resolved = resolve(config, facts)
     check_mesh(resolved.config, resolved.model)
     fixed = _fix_recomputation(resolved.config, resolved.model)
-    check_fits(fixed, resolved.model, available_memory(device))
+    teacher = sources.teacher.config if sources.teacher else None
+    check_fits(fixed, resolved.model, available_memory(device), teacher)
     return replace(resolved, config=fixed)
 
 

@@ -12,48 +12,22 @@ from dataclasses import dataclass
 
 from minigpt.core.errors import ConfigError
 from minigpt.model.config import ModelConfig
-from minigpt.train.config import MemoryConfig, TrainConfig
+from minigpt.train.config import TrainConfig
 from minigpt.train.tree import BUCKET_BYTES
+from minigpt.train.workload import (
+    Workload,
+    adapter_parameters,
+    describe_workload,
+    inner_width,
+    layer_parameters,
+    projection_sizes,
+    root_parameters,
+)
 
 _WIDE = 4  # bytes of float32
-_MATMUL_ATTENTION_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One rank's share of a model and of a step."""
-
-    model: ModelConfig
-    layers: int
-    """Of this rank's pipeline stage."""
-    rows: int
-    """Of a micro-batch."""
-    length: int
-    """Tokens of a row on this rank (context parallel ranks have a part)."""
-    tp: int
-    shards: int
-    """Ranks over which parameters are sharded (fsdp)."""
-    zero3: bool
-    accumulates: bool
-    """Whether a rank runs several micro-batches a step."""
-    narrow: bool
-    """Whether matrix products are in two bytes."""
-    muon: bool
-    state_bytes: float
-    """Of one of AdamW's two moments of a parameter."""
-    chunk_tokens: int
-    tree_lists: int
-    """Sums of earlier gradients that `mesh.reduce` = tree holds during the last micro-batch."""
-    matmul_attention: bool
-    fused_norm: bool
-    keeps_buckets: bool
-    """Whether torch's DDP holds the memory of gradients from step to step."""
-    memory: MemoryConfig
-
-    @property
-    def tokens(self) -> int:
-        """Of a micro-batch on this rank."""
-        return self.rows * self.length
+_LOGITS = {"pretrain": 3, "sft": 3, "dpo": 2, "distill": 8}
+"""Tensors of a chunk's logits that exist at once."""
+_JSD_LOGITS = 10
 
 
 @dataclass(frozen=True)
@@ -69,114 +43,118 @@ class MemoryEstimate:
     """Logits of a chunk, and the loss's gradients."""
     gathered: int
     """fsdp: weights gathered from the shards, and their gradients before they are scattered."""
+    frozen: int
+    """DPO's reference or distillation's teacher, whole on each rank."""
     peak: int
     """The most at any moment of a step; less than the sum, since not all exist at once."""
-
-
-def describe_workload(config: TrainConfig, model: ModelConfig) -> Workload:
-    """Take from a resolved config what a rank has to do."""
-    batch, mesh = config.batch, config.mesh
-    assert isinstance(batch.sequence_length, int) and isinstance(batch.micro_batch_size, int)
-    assert isinstance(batch.loss_chunk_tokens, int) and isinstance(batch.tokens_per_step, int)
-    micro_batches = batch.tokens_per_step // (batch.sequence_length * batch.micro_batch_size)
-    share = max(1, micro_batches // mesh.data_size)
-    length = batch.sequence_length // mesh.cp
-    is_tree = mesh.reduce == "tree"
-    return Workload(
-        model=model,
-        layers=-(-model.num_layers // mesh.pp),
-        rows=batch.micro_batch_size,
-        length=length,
-        tp=mesh.tp,
-        shards=mesh.fsdp,
-        zero3=mesh.reshard == "zero3",
-        accumulates=share > 1 and not is_tree,
-        narrow=config.precision != "float32",
-        muon=config.optimizer.kind == "muon",
-        state_bytes=config.optimizer.state_bits / 8,
-        chunk_tokens=batch.loss_chunk_tokens,
-        tree_lists=share.bit_length() - 1 if is_tree else 0,
-        matmul_attention=config.device == "cpu" and length <= _MATMUL_ATTENTION_TOKENS,
-        fused_norm=config.device == "cuda",
-        keeps_buckets=config.mesh.size == config.mesh.dp > 1 and not is_tree,
-        memory=config.memory,
-    )
-
-
-def layer_parameters(model: ModelConfig, tp: int) -> tuple[int, int]:
-    """Return (matrix elements, other elements) of a layer on a tensor parallel rank."""
-    counts = model.parameter_counts()
-    head = model.vocab_size * model.hidden_size
-    matrices = (counts.matmul - head) // model.num_layers
-    final_norm = model.hidden_size * (2 if model.norm == "layernorm" else 1)
-    untied = 0 if model.tie_embeddings else head
-    total = (counts.total - counts.embedding - untied - final_norm) // model.num_layers
-    return matrices // tp, total - matrices
-
-
-def root_parameters(model: ModelConfig, tp: int) -> int:
-    """Return how many elements embedding, head and the last norm have on a rank."""
-    counts = model.parameter_counts()
-    vocabulary = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    positions = counts.embedding - model.vocab_size * model.hidden_size
-    norm = model.hidden_size * (2 if model.norm == "layernorm" else 1)
-    return vocabulary // tp + positions + norm
 
 
 def layer_activations(work: Workload) -> int:
     """Return the bytes that one layer's forward pass keeps, nothing recomputed."""
     model, n, tp = work.model, work.tokens, work.tp
     size = 2 if work.narrow else _WIDE
-    width, queries = model.hidden_size, model.num_heads * model.head_dim // tp
-    keys, inner = model.num_kv_heads * model.head_dim // tp, model.intermediate_size // tp
-    gated = model.mlp == "swiglu"
-    kept = 2 * n // tp * width * _WIDE  # inputs of the two norms
+    kept = n // tp * model.hidden_size * _WIDE  # input of the second norm
+    # On a CPU, RMSNorm is not fused and keeps the normalised input too where its weight learns,
+    # all in float32.
+    if model.norm == "rmsnorm" and not work.fused_norm and work.trains_all:
+        kept += 2 * n // tp * model.hidden_size * _WIDE
+    if work.lora.dropout:
+        kept += n * _adapter_inputs(work) * (_WIDE + size)  # the mask, and what it leaves
+    kept += n * work.lora.rank * work.learns(*projection_sizes(model)) * size
+    return kept + _entry(work) + _attention_activations(work) + _mlp_activations(work)
+
+
+def _attention_activations(work: Workload) -> int:
+    """Return what attention and its projections keep, the layer's input not."""
+    model, n, tp = work.model, work.tokens, work.tp
+    size = 2 if work.narrow else _WIDE
+    queries, keys = (
+        heads * model.head_dim // tp for heads in (model.num_heads, model.num_kv_heads)
+    )
     # Autocast makes a narrow copy of a norm's output for each projection that reads it.
-    kept += n * width * ((3 + 1 + gated) * 2 if work.narrow else 2 * _WIDE)
-    # On a CPU, RMSNorm is not fused and keeps the normalised input too, all in float32.
-    if model.norm == "rmsnorm" and not work.fused_norm:
-        kept += 2 * n // tp * width * _WIDE
+    readers = work.keeps_inputs("q_proj", "k_proj", "v_proj")
+    kept = n * model.hidden_size * (2 * readers if work.narrow else _WIDE * (readers > 0))
     if model.qk_norm:
-        kept += n * (queries + keys) * (size if work.fused_norm else 2 * _WIDE)
+        wide = 2 * _WIDE if work.trains_all else _WIDE
+        kept += n * (queries + keys) * (size if work.fused_norm else wide)
     grouped = model.num_kv_heads < model.num_heads and work.matmul_attention
-    kept += n * (queries + 2 * (queries if grouped else keys)) * size  # query, key, value
+    gathered = work.row_length // work.length  # of keys and values, by context parallel ranks
+    kept += n * (queries + 2 * (queries if grouped else keys * gathered)) * size
     kept += n * queries * size  # attention's output
+    if work.matmul_attention or gathered > 1:
+        kept += n * queries * size * work.keeps_inputs("o_proj")  # a copy, heads side by side
     if work.matmul_attention:
-        kept += n * queries * size  # and its copy with heads side by side
         kept += n * work.length * (model.num_heads // tp) * size
-    kept += n * inner * (4 if gated else 2) * size
+    else:
+        # torch's kernels turn a mask into a sum's term, anew in each layer. Of two pieces of a
+        # row, context parallel ranks see at most (T / 2 cp) x (1 + 1 / 2 cp) T.
+        kept += n * work.row_length * size * (gathered + 1) // (2 * gathered)
     return kept
+
+
+def _mlp_activations(work: Workload) -> int:
+    """Return what the MLP keeps, its input included; of experts those of all chosen ones."""
+    model, size, n = work.model, 2 if work.narrow else _WIDE, work.tokens
+    gated, width = model.mlp == "swiglu", model.hidden_size
+    inner = inner_width(model)
+    experts, readers = model.num_experts, work.keeps_inputs("up_proj", *["gate_proj"] * gated)
+    kept = 0
+    if experts:
+        # The router's input and probabilities; the experts' outputs, weighted.
+        kept += n // work.tp * (width * _WIDE + 2 * experts * _WIDE)
+        n = n // work.tp * model.experts_per_token
+        kept += n * width * size
+    else:
+        inner //= work.tp
+    kept += n * width * (2 * readers if work.narrow else _WIDE * (readers > 0))
+    return kept + n * inner * ((3 if gated else 1) + work.keeps_inputs("down_proj")) * size
+
+
+def _mlp_gradients(work: Workload) -> int:
+    """Temporaries of an MLP's backward pass: gradients of the two factors of its product."""
+    chosen = work.model.experts_per_token if work.model.num_experts else 1
+    inner = inner_width(work.model) * work.tokens * chosen // work.tp
+    return 2 * inner * (2 if work.narrow else _WIDE)
+
+
+def _adapter_inputs(work: Workload) -> int:
+    sizes = projection_sizes(work.model)
+    return sum(sizes[name][0] for name in work.lora.targets if name in sizes)
+
+
+def _entry(work: Workload) -> int:
+    """Return the bytes of a layer's input, which recomputation begins with."""
+    return work.tokens // work.tp * work.model.hidden_size * _WIDE
 
 
 def kept_activations(work: Workload) -> int:
     """Return the bytes that all layers keep under the chosen recomputation."""
-    whole, entry = layer_activations(work), work.tokens // work.tp * work.model.hidden_size * _WIDE
+    whole, entry = layer_activations(work), _entry(work)
     if work.memory.offload_activations:
         return 2 * whole  # one layer's on their way out, one's on their way in
-    if work.memory.checkpoint == "none":
-        return work.layers * whole
     if work.memory.checkpoint == "selective":
         return work.layers * (entry + _linear_outputs(work))
-    recomputed = work.layers
-    if work.memory.checkpoint == "budget":
-        assert work.memory.checkpoint_layers is not None
-        recomputed = min(work.layers, work.memory.checkpoint_layers)
-    return recomputed * entry + (work.layers - recomputed) * whole
+    recomputed = work.recomputed_layers
+    kept = recomputed * entry + (work.layers - recomputed) * whole
+    if recomputed or work.trains_all or not work.is_first:
+        return kept
+    # Before the first adapter there is nothing to differentiate.
+    before = work.learns("q_proj", "k_proj", "v_proj") == 0
+    return kept - entry - before * _attention_activations(work)
 
 
 def recomputed_activations(work: Workload) -> int:
-    """Return the bytes that come into being again, a layer at a time, in the backward pass."""
-    checkpoint, count = work.memory.checkpoint, work.memory.checkpoint_layers
-    if checkpoint == "none" or (checkpoint == "budget" and count == 0):
-        return 0
-    kept = _linear_outputs(work) if checkpoint == "selective" else 0
-    return layer_activations(work) - kept
+    """Return the bytes that come into being again as the backward pass enters the last layer."""
+    if work.recomputed_layers < work.layers:
+        return 0  # those before it come when its own are gone
+    kept = _linear_outputs(work) if work.memory.checkpoint == "selective" else 0
+    return layer_activations(work) - kept - _entry(work)
 
 
 def _linear_outputs(work: Workload) -> int:
     model, n, tp = work.model, work.tokens, work.tp
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim // tp
-    inner = model.intermediate_size // tp * (2 if model.mlp == "swiglu" else 1)
+    inner = inner_width(model) // tp * (2 if model.mlp == "swiglu" else 1)
     return n * (heads + inner + 2 * model.hidden_size // tp) * (2 if work.narrow else _WIDE)
 
 
@@ -186,9 +164,10 @@ def layers_to_recompute(work: Workload, budget: int) -> int:
     Raises:
         ConfigError: Even recomputing all of them does not.
     """
-    whole, entry = layer_activations(work), work.tokens // work.tp * work.model.hidden_size * _WIDE
+    whole, entry = layer_activations(work), _entry(work)
     for count in range(work.layers + 1):
-        kept = count * entry + (work.layers - count) * whole + (whole if count else 0)
+        kept = count * entry + (work.layers - count) * whole
+        kept += whole if count == work.layers else 0
         if kept <= budget:
             return count
     least = work.layers * entry + whole
@@ -199,43 +178,73 @@ def layers_to_recompute(work: Workload, budget: int) -> int:
     )
 
 
-def estimate_memory(work: Workload) -> MemoryEstimate:
+def estimate_memory(
+    config: TrainConfig, model: ModelConfig, teacher: ModelConfig | None = None
+) -> MemoryEstimate:
+    """Estimate the memory, over one step, of the rank that needs most.
+
+    Args:
+        config: Resolved.
+        model: The architecture that is trained.
+        teacher: Distillation's.
+    """
+    stages = (describe_workload(config, model, teacher, stage) for stage in range(config.mesh.pp))
+    return max((estimate_rank(work) for work in stages), key=lambda found: found.peak)
+
+
+def estimate_rank(work: Workload) -> MemoryEstimate:
     """Estimate a rank's memory over one step of training, its first ones aside."""
     model = work.model
-    matrices, vectors = layer_parameters(model, work.tp)
-    root = root_parameters(model, work.tp)
+    matrices, vectors = layer_parameters(model, work.tp, work.ep)
+    adapters = adapter_parameters(model, work.lora, work.ep)
+    root = root_parameters(model, work.tp, is_first=work.is_first, is_last=work.is_last)
     layer = matrices + vectors
-    held = -(-(work.layers * layer + root) // work.shards)
+    held = -(-(work.layers * (layer + adapters) + root) // work.shards)
+    learning = held if work.trains_all else -(-work.layers * adapters // work.shards)
     held_matrices = -(-work.layers * matrices // work.shards)
-    parameters = gradients = held * _WIDE
+    parameters, gradients = held * _WIDE, learning * _WIDE
     moments = 2 * work.state_bytes
-    optimizer = int(held * moments)
+    optimizer = int(learning * moments)
     if work.muon:
         optimizer = int((held - held_matrices) * moments + held_matrices * _WIDE)
     if work.memory.offload_optimizer:
         parameters = gradients = optimizer = 0
-    activations = kept_activations(work) + _batch_bytes(work)
-    copies = work.layers * matrices * 2 if work.narrow and work.shards == 1 else 0
-    gathered = _gathered_bytes(work, layer, root)
+    frozen = 0 if work.frozen is None else work.frozen.parameter_counts().total * _WIDE
+    activations = kept_activations(work) * work.live_layers // work.layers
+    activations += work.live_passes * _batch_bytes(work)
+    activations += work.waiting_layers * _linear_outputs(work)
+    kept_layers = work.layers - work.recomputed_layers
+    copies = kept_layers * (matrices + adapters) * 2 if work.narrow and work.shards == 1 else 0
+    shards, gathered = _gathered_bytes(work, layer + adapters, root)
+    layer_gradient = (layer if work.trains_all else adapters) * _WIDE if work.shards > 1 else 0
     saved, temporary = _loss_bytes(work)
-    standing = parameters + optimizer + gathered
-    standing += gradients if work.accumulates or work.keeps_buckets else 0
-    standing += work.tree_lists * gradients
-    scores = _score_bytes(work)
     head = model.vocab_size * model.hidden_size // work.tp * _WIDE
-    at_loss = standing + activations + copies + saved + temporary
-    into_backward = standing + activations + copies + head + scores + recomputed_activations(work)
-    end = parameters + optimizer + gathered + (1 + work.tree_lists) * gradients
-    end += max(head if model.tie_embeddings else 0, layer_activations(work) + scores)
+    head_gradient = head if work.is_last and work.trains_all else 0
+    standing = parameters + optimizer + frozen
+    kept_gradients = gradients * (work.accumulates + work.keeps_buckets + work.tree_lists)
+    scores = _score_bytes(work)
+    busy = standing + kept_gradients + activations + copies
+    at_loss = busy + shards + saved + temporary
+    # Of the last norm a gradient alone is left. First comes the last layer's MLP, whose
+    # activations are gone by the time of its attention.
+    into_backward = busy + gathered + head_gradient + recomputed_activations(work) - _entry(work)
+    into_backward += max(layer_gradient, _mlp_gradients(work), scores - _mlp_activations(work))
+    end = standing + gathered + (1 + work.tree_lists) * gradients
+    end += root * _WIDE if work.shards > 1 and work.trains_all else 0  # whole till it is scattered
+    end += activations * (work.live_passes - 1) // work.live_passes  # of other micro-batches
+    looked_up = head if work.trains_all and model.tie_embeddings and work.is_first else 0
+    end += max(looked_up, layer_activations(work) + scores)
     exchange = 2 * min(gradients, BUCKET_BYTES) if work.tree_lists else 0
-    update = parameters + optimizer + gradients + max(exchange, _update_bytes(work, matrices))
+    update = parameters + optimizer + gradients + frozen
+    update += max(exchange, _update_bytes(work, matrices))
     return MemoryEstimate(
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
+        frozen=frozen,
         activations=activations + copies,
         loss=saved + temporary,
-        gathered=gathered,
+        gathered=gathered + layer_gradient,
         peak=max(at_loss, into_backward, end, update),
     )
 
@@ -243,34 +252,51 @@ def estimate_memory(work: Workload) -> MemoryEstimate:
 def _batch_bytes(work: Workload) -> int:
     """Attention's mask, the rotation, and the states before and after the last norm."""
     n, model = work.tokens, work.model
-    mask = n * work.length * _WIDE if work.matmul_attention else 0
+    mask = n * work.row_length * (_WIDE if work.matmul_attention else 1)
     rotation = n * model.head_dim * _WIDE if model.position == "rope" else 0
-    return mask + rotation + 2 * n // work.tp * model.hidden_size * _WIDE
+    states = 2 if work.is_last else 1  # a stage's output waits for its gradient
+    return mask + rotation + states * n // work.tp * model.hidden_size * _WIDE
 
 
-def _gathered_bytes(work: Workload, layer: int, root: int) -> int:
-    """Whole weights on a sharded rank: the root's always, of layers two or (zero2) all."""
+def _gathered_bytes(work: Workload, layer: int, root: int) -> tuple[int, int]:
+    """Return a sharded rank's whole weights at the loss, and in the backward pass.
+
+    The root's always, of layers none and then two (zero3), or all.
+    """
     if work.shards == 1:
-        return 0
+        return 0, 0
     size = 2 if work.narrow else _WIDE
-    layers = min(2, work.layers) if work.zero3 else work.layers
-    # The root's gradient is whole until the backward pass ends; a layer's while it is scattered.
-    return root * 2 * _WIDE + layers * layer * size + 2 * layer * _WIDE
+    at_loss, later = (0, min(2, work.layers)) if work.zero3 else (work.layers, work.layers)
+    return root * _WIDE + at_loss * layer * size, root * _WIDE + later * layer * size
 
 
 def _loss_bytes(work: Workload) -> tuple[int, int]:
     """Return what the loss keeps for its backward pass, and its largest temporaries."""
+    if not work.is_last:
+        return 0, 0
     model, n = work.model, work.tokens
     size = 2 if work.narrow else _WIDE
     vocabulary = model.vocab_size // work.tp
     head = vocabulary * model.hidden_size
-    chunk = min(n, work.chunk_tokens) * vocabulary
-    saved = n * model.hidden_size * _WIDE + head * _WIDE
-    wide = chunk * (3 * _WIDE + (2 if work.narrow else 0))
-    if n > work.chunk_tokens:
-        wide += chunk * size  # the chunk before is let go only when the next is done
+    first = min(n, work.chunk_tokens) * vocabulary
+    # The chunk before is let go only when the next, perhaps a shorter one, is done.
+    second = min(max(0, n - work.chunk_tokens), work.chunk_tokens) * vocabulary
+    saved = n * model.hidden_size * _WIDE + (head * _WIDE if work.trains_all else 0)
+    if work.tp > 1:
+        saved += n * model.hidden_size * _WIDE  # states of the whole sequence, gathered
+    kind = work.objective.kind
+    logits = _JSD_LOGITS if work.objective.divergence == "jsd" else _LOGITS[kind]
+    element = logits * _WIDE + (2 if work.narrow else 0)
     product = head * size if work.narrow else 0  # the weight, narrowed
-    return saved, product + max(wide, chunk * size + head * size)
+    if kind == "distill":
+        assert work.frozen is not None
+        saved += n * work.frozen.hidden_size * _WIDE  # the teacher's states
+        if work.narrow:  # its head and logits too have a narrow copy
+            element += 2
+            product += vocabulary * work.frozen.hidden_size * 2
+    wide = max(first * element, second * element + first * size)
+    learned = first * size + (head * size if work.trains_all else 0)
+    return saved, product + max(wide, learned)
 
 
 def _score_bytes(work: Workload) -> int:
@@ -286,18 +312,28 @@ def _update_bytes(work: Workload, matrices: int) -> int:
     if not work.muon:
         return 0
     model = work.model
-    mlp = model.hidden_size * model.intermediate_size * (3 if model.mlp == "swiglu" else 2)
+    mlp = model.hidden_size * inner_width(model) * (3 if model.mlp == "swiglu" else 2)
+    mlp *= max(1, model.num_experts // work.ep)
     stack = work.layers * max(mlp, matrices * work.tp - mlp)
-    return work.layers * matrices // work.shards * _WIDE + stack * (_WIDE + 3 * 2)
+    moved = work.layers * matrices // work.shards * _WIDE
+    if work.shards == work.tp == 1:
+        return moved + stack * (_WIDE + 3 * 2)
+    return moved + work.layers * matrices * work.tp * 2 + stack * 4 * 2  # whole, in two bytes
 
 
-def check_fits(config: TrainConfig, model: ModelConfig, available: int | None) -> MemoryEstimate:
+def check_fits(
+    config: TrainConfig,
+    model: ModelConfig,
+    available: int | None,
+    teacher: ModelConfig | None = None,
+) -> MemoryEstimate:
     """Refuse a run that can't fit.
 
     Args:
         config: Resolved.
         model: The architecture.
         available: Bytes that a rank may use; None where nobody knows.
+        teacher: Distillation's.
 
     Returns:
         The estimate.
@@ -305,7 +341,7 @@ def check_fits(config: TrainConfig, model: ModelConfig, available: int | None) -
     Raises:
         ConfigError: Naming the largest part and what would shrink it.
     """
-    estimate = estimate_memory(describe_workload(config, model))
+    estimate = estimate_memory(config, model, teacher)
     limit = config.memory.limit_mb
     if limit is not None:
         available = limit * 10**6
@@ -314,18 +350,26 @@ def check_fits(config: TrainConfig, model: ModelConfig, available: int | None) -
     parts = {
         "activations": estimate.activations,
         "loss": estimate.loss,
-        "optimizer": estimate.optimizer + estimate.parameters + estimate.gradients,
+        "weights, gradients and optimizer state": (
+            estimate.optimizer + estimate.parameters + estimate.gradients
+        ),
+        "the frozen model": estimate.frozen,
     }
-    largest = max(parts, key=lambda name: parts[name])
     remedies = {
         "activations": "lower batch.micro_batch_size, or --set memory.checkpoint=full",
         "loss": "lower batch.loss_chunk_tokens",
-        "optimizer": f"shard it: --set mesh.fsdp={2 * config.mesh.fsdp}, or train a smaller model",
+        "weights, gradients and optimizer state": (
+            f"shard it: --set mesh.fsdp={2 * config.mesh.fsdp}, or train a smaller model"
+        ),
+        "the frozen model": (
+            "set objective.teacher to a smaller one"
+            if teacher is not None
+            else "--set lora.rank=16: the reference is then the model itself, adapters off"
+        ),
     }
-    names = {"optimizer": "weights, gradients and optimizer state"}
+    largest = max(parts, key=lambda name: parts[name])
     raise ConfigError(
         f"a step takes {estimate.peak / 1e9:.2f} GB on a rank by the estimate, "
-        f"{parts[largest] / 1e9:.2f} GB of it {names.get(largest, largest)}; "
-        f"{available / 1e9:.2f} GB are available",
+        f"{parts[largest] / 1e9:.2f} GB of it {largest}; {available / 1e9:.2f} GB are available",
         remedy=f"{remedies[largest]}; memory.check=false tries nevertheless",
     )

@@ -111,7 +111,7 @@ def resolve(config: TrainConfig, facts: Facts) -> Resolved:
     # Final, or where `minutes` decides a first idea.
     steps = _choose(config.steps, max(1, round(tokens / batch.tokens_per_step)))
     tokens = float(steps * batch.tokens_per_step)
-    seconds = tokens * _token_seconds(facts, model, sequence_length)
+    seconds = tokens * _token_seconds(facts, model, sequence_length) / config.mesh.size
     compiles = facts.compiler and not _uncompilable(model.num_experts, config.mesh)
     resolved = config.replace(
         model=overrides,
@@ -183,7 +183,7 @@ def _tokens_wanted(model: ModelConfig) -> float:
 
 
 def _token_seconds(facts: Facts, model: ModelConfig, sequence_length: int) -> float:
-    """Estimate the time of a token, forward and backward."""
+    """Estimate the time of a token, forward and backward, on one rank."""
     products = model.flops_per_token(sequence_length) / facts.peak_flops
     if facts.device != "cpu":
         return products / _EXPECTED_MFU
@@ -273,7 +273,7 @@ def _token_budget(
         return float(config.max_tokens)
     if config.minutes is not None:
         seconds = _TRAINING_SHARE * 60 * config.minutes
-        return seconds / _token_seconds(facts, model, sequence_length)
+        return config.mesh.size * seconds / _token_seconds(facts, model, sequence_length)
     if facts.examples is not None:
         rows = _rows(config, facts, sequence_length)
         return float(_EPOCHS[config.objective.kind] * rows * sequence_length)
