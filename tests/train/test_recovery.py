@@ -16,6 +16,7 @@ import pytest
 
 from minigpt.core.config import to_yaml
 from minigpt.train.account import account_for
+from minigpt.train.chaos_storage import BUCKET, ChaosStorage
 from minigpt.train.config import TrainConfig
 from minigpt.train.metrics import read_metrics
 from minigpt.train.run import read_final
@@ -24,7 +25,9 @@ ConfigFactory = Callable[..., TrainConfig]
 BASE = {"backoff_seconds": 0.1, "restarts_per_hour": 20, "check_every": 0}
 
 
-def _start(config: TrainConfig, run_dir: Path, faults: str = "") -> subprocess.Popen[str]:
+def _start(
+    config: TrainConfig, run_dir: Path, faults: str = "", **environment: str
+) -> subprocess.Popen[str]:
     recipe = run_dir.with_name(f"{run_dir.name}.yaml")
     recipe.write_text(to_yaml(config))
     command = [sys.executable, "-m", "minigpt", "train", str(recipe), "--run-dir", str(run_dir)]
@@ -33,7 +36,7 @@ def _start(config: TrainConfig, run_dir: Path, faults: str = "") -> subprocess.P
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MINIGPT_FAULTS": faults},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MINIGPT_FAULTS": faults} | environment,
     )
 
 
@@ -219,6 +222,31 @@ def test_an_error_that_a_restart_cannot_mend_is_told_once(
     assert process.returncode == 2
     assert "is not a multiple of data ranks" in errors.strip().splitlines()[-1]
     assert "restarting" not in errors
+
+
+@pytest.mark.soak
+def test_a_rank_killed_while_s3_is_lost_waits_for_it(
+    recipe: ConfigFactory, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    storage, run = ChaosStorage(), tmp_path / "run"
+    try:
+        checkpoint = {"every": 4, "url": f"s3://{BUCKET}/run"}
+        config = TrainConfig.model_validate(recipe().model_dump() | {"checkpoint": checkpoint})
+        faults = "slow:rank=0,seconds=0.25,times=1000;kill:rank=1,step=10,phase=backward"
+        process = _start(config, run, faults, **storage.environment)
+        _wait(lambda: bool(_events(run, "checkpoint")), process)
+        storage.link.cut()
+        _wait(lambda: len(_events(run, "failure")) > 1, process)
+        storage.link.mend()
+        _finish(process)
+    finally:
+        storage.close()
+    assert _bits(run) == whole
+    killed, *lost = _events(run, "failure")
+    assert killed["cause"] == "killed by SIGKILL"
+    assert lost and all("s3://chaos/run" in failure["cause"] for failure in lost)
+    assert _events(run, "save_missed")[0]["step"] == 8
+    assert _events(run, "session")[-1]["step"] == 4  # all that was safe when it was killed
 
 
 @pytest.mark.soak

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt.core.errors import ConfigError
+from minigpt.train.chaos_storage import BUCKET, ChaosStorage, check_installed
+from minigpt.train.metrics import read_metrics
 from minigpt.train.progress import beacon_path, read_beacon
+from minigpt.train.sessions import EVENTS_FILE
 
 _POLL_SECONDS = 0.01
 _RUN_SECONDS = 600.0
@@ -34,6 +37,8 @@ class ChaosRun:
     process: subprocess.Popen[str] | None = None
     seconds: float = 0.0
     """Its wall time, starts included; set at the end."""
+    storage: ChaosStorage | None = None
+    """Where its checkpoints are, for the fault that takes that away."""
 
     def start(self) -> None:
         """Start it, or start it again."""
@@ -69,12 +74,16 @@ class Case:
 
     what: str
     faults: str = ""
-    """For `MINIGPT_FAULTS`; {last} is the last rank, {step} a step in the middle."""
+    """For `MINIGPT_FAULTS`; {last} is the last rank, {step} a step in the middle, {late} one after
+    three quarters."""
     overrides: tuple[str, ...] = ()
+    """Settings; {sixth} is a sixth of the steps."""
     meddle: Callable[[ChaosRun], None] | None = None
     """Interferes from outside while the run is going."""
     prepare: Callable[[ChaosRun], Callable[[], None]] | None = None
     """Sets the scene; returns what clears it away."""
+    check: Callable[[], None] | None = None
+    """Raises a ConfigError where it can't be brought about here."""
 
 
 def _flip_newest_checkpoint(run: ChaosRun) -> None:
@@ -155,6 +164,26 @@ def _mount_tmpfs(run: ChaosRun) -> Callable[[], None]:
     return clear
 
 
+def _serve_storage(run: ChaosRun) -> Callable[[], None]:
+    """Start the S3 server that the run's checkpoints go to."""
+    run.storage = ChaosStorage()
+    run.environment |= run.storage.environment
+    return run.storage.close
+
+
+def _lose_storage(run: ChaosRun) -> None:
+    """Cut the server off after the first save, until a save was missed for it."""
+    assert run.storage is not None
+    run.wait_until(lambda: _has_event(run, "checkpoint"))
+    run.storage.link.cut()
+    run.wait_until(lambda: _has_event(run, "save_missed"))
+    run.storage.link.mend()
+
+
+def _has_event(run: ChaosRun, kind: str) -> bool:
+    return any(line["kind"] == kind for line in read_metrics(run.directory / EVENTS_FILE))
+
+
 CASES: Mapping[str, Case] = {
     "kill": Case(
         "kill -9 of the last rank in a backward pass",
@@ -203,6 +232,14 @@ CASES: Mapping[str, Case] = {
         meddle=_flip_newest_checkpoint,
     ),
     "disk": Case("a full disk while a save is due", meddle=_fill_disk, prepare=_mount_tmpfs),
+    "lost-s3": Case(
+        "S3, where the checkpoints are, out of reach while a save is due; then kill -9 of a rank",
+        "slow:rank={last},seconds=0.25,times=1000;kill:rank={last},step={late},phase=backward",
+        (f"checkpoint.url=s3://{BUCKET}/run", "checkpoint.every={sixth}"),
+        meddle=_lose_storage,
+        prepare=_serve_storage,
+        check=check_installed,
+    ),
     "tracker": Case(
         "a tracking server that is not there",
         overrides=("trackers.mlflow=true", "trackers.mlflow_uri=http://127.0.0.1:9"),

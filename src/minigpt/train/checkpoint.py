@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -221,6 +221,15 @@ class CheckpointStore:
         self.settle()
         self._executor.shutdown()
 
+    def together(self, action: Callable[[], None]) -> None:
+        """Run `action` on every rank, with no save under way.
+
+        Raises:
+            MinigptError: What the lowest rank raised that failed; on every rank.
+        """
+        self.settle()
+        self._ranks.together(action)
+
     def load_latest(self, layout: State | None = None) -> Checkpoint | None:
         """Load the newest checkpoint that is whole; set corrupt ones aside with a warning.
 
@@ -257,17 +266,6 @@ class CheckpointStore:
                 remedy="restore one from a copy, or run the same command again to start over",
             )
         return None
-
-    def discard_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps, which a run that went back will save anew."""
-        self.settle()
-
-        def remove() -> None:
-            for later in self.steps():
-                if later > step:
-                    self._location.remove(later)
-
-        self._ranks.on_first(remove)
 
     def _named(self, model: State, optimizer: State) -> dict[str, Tensor]:
         rng = {f"{self._ranks.rank:05d}/{k}": v for k, v in capture_generators().items()}

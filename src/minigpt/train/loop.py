@@ -360,7 +360,7 @@ class TrainLoop:
             else:
                 self._saver.begin(self.state)
         except StorageError as error:
-            self._saver.warn(self.state.step, error)
+            self._saver.missed(self.state.step, error)
         if timed:
             self._saves.check_grace()
 
