@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from minigpt.cli.output import JsonOption, SetOption, emit
+
+if TYPE_CHECKING:
+    from minigpt.train.chaos import Certificate, FaultReport
 
 app = typer.Typer()
 
@@ -43,7 +46,7 @@ def train(
     (SIGTERM), stop (SIGSTOP), hang, slow, nan, diverge (a bit of a replica's weights), bitflip
     (a bit of a checkpoint), disk (full, needs root), lost-s3 (needs moto), tracker (lost). Any
     mesh will do, as --set mesh.tp=2. Exits with 1 where a run did not end with the unbroken run's
-    bits.
+    bits, or a fault did not come about.
     """
     from minigpt.core.artifact import is_artifact
     from minigpt.core.errors import ConfigError
@@ -69,13 +72,18 @@ def train(
         raise typer.Exit(1)
 
 
-def _print(certificate: object) -> None:
+def _verdict(fault: FaultReport) -> str:
+    if not fault.finished:
+        return "NOT FINISHED"
+    if not fault.happened:
+        return "NO FAULT"
+    return "equal" if fault.equal else "DIFFERENT"
+
+
+def _print(certificate: Certificate) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from minigpt.train.chaos import Certificate
-
-    assert isinstance(certificate, Certificate)
     table = Table(box=None, padding=(0, 2))
     for title in ("fault", "bits", "recovery", "unsaved", "wall", "goodput", "noticed"):
         table.add_column(title, overflow="fold")
@@ -86,7 +94,7 @@ def _print(certificate: object) -> None:
     for fault in certificate.faults:
         table.add_row(
             fault.fault,
-            "equal" if fault.equal else "DIFFERENT" if fault.finished else "NOT FINISHED",
+            _verdict(fault),
             show(fault.recovery_seconds),
             show(fault.unsaved_seconds),
             show(fault.wall_seconds),

@@ -18,7 +18,7 @@ from minigpt.core.errors import ConfigError, TrainingError
 from minigpt.core.telemetry import get_logger
 from minigpt.train.chaos_cases import CASES, Case, ChaosRun
 from minigpt.train.config import TrainConfig
-from minigpt.train.faults import VARIABLE
+from minigpt.train.faults import VARIABLE, parse_faults
 from minigpt.train.goodput import read_goodput
 from minigpt.train.metrics import read_metrics
 from minigpt.train.run import CHECKPOINT_DIRECTORY, MODEL_DIRECTORY, read_final, stored_config
@@ -34,6 +34,8 @@ class FaultReport(Config):
     fault: str
     what: str
     """What was done to the run."""
+    happened: bool
+    """It struck where it should, and the run noticed."""
     finished: bool
     equal: bool
     """Losses of all steps and final weights are those of the unbroken run, bit for bit."""
@@ -62,8 +64,8 @@ class Certificate(Config):
 
     @property
     def holds(self) -> bool:
-        """Whether every run finished with the unbroken run's bits."""
-        return all(fault.equal for fault in self.faults)
+        """Whether every fault came about and every run finished with the unbroken run's bits."""
+        return all(fault.happened and fault.equal for fault in self.faults)
 
 
 def run_chaos(
@@ -192,15 +194,19 @@ def _report(name: str, run: ChaosRun, whole: Path) -> FaultReport:
     usual = ("session", "session_end", "validation", "checkpoint")
     losses, weights = final["losses"]["sha256"], final.get("weights_sha256", "")
     recoveries = goodput.recoveries if goodput is not None else []
+    noticed = list(dict.fromkeys(e["kind"] for e in events if e["kind"] not in usual))
+    struck = len(list((run.directory / "ranks" / "struck").glob("*")))
+    asked = len(parse_faults(run.environment[VARIABLE]))
     made_up = [event["seconds"] for event in events if event["kind"] == "save_made_up"]
     return FaultReport(
         fault=name,
         what=CASES[name].what,
+        happened=struck == asked and set(CASES[name].shows) <= set(noticed),
         finished=finished,
         equal=(losses, weights) == (expected["losses"]["sha256"], expected["weights_sha256"]),
         losses_sha256=losses,
         weights_sha256=weights,
-        noticed=list(dict.fromkeys(e["kind"] for e in events if e["kind"] not in usual)),
+        noticed=noticed,
         recovery_seconds=max(recoveries, default=None),
         unsaved_seconds=max(made_up, default=None),
         wall_seconds=run.seconds,

@@ -146,6 +146,8 @@ class CheckpointStore:
         self._last: tuple[int, Artifact] | None = None
         self.save_seconds: list[float] = []
         """How long each save took that succeeded, waiting in the background included."""
+        self.corrupt: dict[int, str] = {}
+        """Why the last `load_latest` set checkpoints aside, by step."""
         # Nobody else can be at work here.
         self._ranks.on_first(self._location.clean)
 
@@ -250,11 +252,13 @@ class CheckpointStore:
             ModelError: The newest one is of another model than `layout`.
         """
         self.settle()
+        self.corrupt = {}
         steps = self._ranks.on_first(self._location.steps)
         for step in reversed(steps):
             try:
                 return self._load(step, layout)
             except ArtifactError as error:
+                self.corrupt[step] = str(error)
                 aside = self._ranks.on_first(partial(self._location.set_aside, step))
                 if self._ranks.is_first:
                     self._log.warning(
