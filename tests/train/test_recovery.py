@@ -250,6 +250,25 @@ def test_a_rank_killed_while_s3_is_lost_waits_for_it(
 
 
 @pytest.mark.soak
+def test_storage_that_was_never_there_ends_the_run_at_once(
+    recipe: ConfigFactory, tmp_path: Path, free_port: int
+) -> None:
+    checkpoint = {"every": 4, "url": "s3://nowhere/run"}
+    config = TrainConfig.model_validate(recipe().model_dump() | {"checkpoint": checkpoint})
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port}",
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nobody",
+        "AWS_MAX_ATTEMPTS": "1",
+    }
+    process = _start(config, tmp_path / "run", **environment)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert "s3://nowhere/run" in errors.strip().splitlines()[-1]
+    assert "restarting" not in errors
+
+
+@pytest.mark.soak
 def test_under_torchrun_a_killed_rank_is_restarted_by_the_agent(
     recipe: ConfigFactory, whole: dict[str, Any], tmp_path: Path
 ) -> None:
