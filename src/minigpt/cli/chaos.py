@@ -84,7 +84,7 @@ def _print(certificate: Certificate) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2))
+    table = Table(box=None, padding=(0, 1))
     for title in ("fault", "bits", "recovery", "unsaved", "wall", "goodput", "noticed"):
         table.add_column(title, overflow="fold")
 
@@ -99,7 +99,7 @@ def _print(certificate: Certificate) -> None:
             show(fault.unsaved_seconds),
             show(fault.wall_seconds),
             "-" if fault.goodput is None else f"{fault.goodput:.0%}",
-            ", ".join(fault.noticed),
+            "\n".join(fault.noticed),
         )
     Console().print(table)
     typer.echo(f"unbroken: losses sha256 {certificate.losses_sha256}")
