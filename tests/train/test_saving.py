@@ -35,14 +35,14 @@ def test_a_failed_save_is_tried_again_after_growing_pauses_until_one_succeeds(
 ) -> None:
     clock = ManualClock()
     schedule = _schedule(clock)
-    began = None
+    began = 0.0
     for number in range(misses):
         schedule.begun(number + 1)
         assert not schedule.is_overdue()  # one at a time
         clock.advance(attempt)
         assert not schedule.is_overdue()
         schedule.failed()
-        began = clock.monotonic() if began is None else began
+        began = clock.monotonic() if number == 0 else began
         pause = min(MOST_PAUSE, 2.0**number)
         clock.advance(0.99 * pause)
         assert not schedule.is_overdue()
