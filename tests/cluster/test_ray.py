@@ -256,3 +256,44 @@ def test_two_ray_workers_train_one_model(cluster: str, tiny_dataset: Path, tmp_p
         for name in ("ray", "here")
     ]
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_worker_of_two_changes_no_bit(
+    cluster: str, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """kill -9 of rank 1, as its beacon names it; the unbroken run is one of supervised ranks."""
+    import threading
+
+    from minigpt.cluster.ray_train import RayTrainConfig
+    from minigpt.pipeline import train_recipe, train_recipe_on_ray
+    from minigpt.train.metrics import read_metrics
+    from minigpt.train.progress import beacon_path, read_beacon
+
+    recipe, run = write_recipe(tmp_path, tiny_dataset, steps=100), tmp_path / "ray"
+    overrides = ["batch.micro_batch_size=1", "mesh.dp=2"]
+    killed: list[int] = []
+
+    def kill_rank_1_after_a_save() -> None:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and not killed:
+            beacon = read_beacon(beacon_path(run, 1))
+            if beacon is not None and any((run / "checkpoints").glob("step-*")):
+                os.kill(beacon.pid, signal.SIGKILL)
+                killed.append(beacon.step)
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_rank_1_after_a_save)
+    killer.start()
+    ray = RayTrainConfig(workers=2, address=cluster, max_failures=2)
+    train_recipe_on_ray(recipe, run, overrides, ray)
+    killer.join()
+    assert killed and 0 < killed[0] < 100
+    train_recipe(recipe, tmp_path / "here", overrides)
+    there, here = read_final(run), read_final(tmp_path / "here")
+    assert there["weights_sha256"] == here["weights_sha256"]
+    assert there["losses"]["sha256"] == here["losses"]["sha256"]
+    events = list(read_metrics(run / "events.jsonl"))
+    sessions = [line["step"] for line in events if line["kind"] == "session"]
+    assert sessions[0] == 0 and len(sessions) == 2 and 0 < sessions[1] <= killed[0]
+    assert [line["seconds"] for line in events if line["kind"] == "recovered"]

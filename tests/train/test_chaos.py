@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from minigpt.core.artifact import open_artifact
+from minigpt.train.chaos import Certificate, FaultReport
 from minigpt.train.chaos_cases import CASES
 
 
@@ -34,7 +35,7 @@ def _chaos(recipe: Path, out: Path, faults: str) -> dict[str, Any]:
         [*command, "--out", str(out), "--faults", faults],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=2400,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -47,11 +48,12 @@ def test_a_kill_and_a_corrupt_checkpoint_are_certified(recipe: Path, tmp_path: P
     certificate = _chaos(recipe, tmp_path / "report", "kill,bitflip")
     assert [fault["fault"] for fault in certificate["faults"]] == ["kill", "bitflip"]
     for fault in certificate["faults"]:
-        assert fault["finished"] and fault["equal"]
+        assert fault["happened"] and fault["finished"] and fault["equal"]
         assert fault["weights_sha256"] == certificate["weights_sha256"]
         assert 0 < fault["goodput"] < 1
     assert certificate["faults"][0]["recovery_seconds"] > 0
     assert "failure" in certificate["faults"][0]["noticed"]
+    assert "corrupt_checkpoint" in certificate["faults"][1]["noticed"]
     runs = tmp_path / "report-runs"
     assert list((runs / "bitflip" / "checkpoints").glob("corrupt-*"))
     report = open_artifact(tmp_path / "report", kind="report")
@@ -73,9 +75,32 @@ def test_an_unknown_fault_is_refused_before_anything_is_trained(
     assert not (tmp_path / "r-runs").exists()
 
 
+def test_a_fault_that_never_struck_proves_nothing() -> None:
+    report = FaultReport(
+        fault="kill",
+        what="kill -9",
+        happened=True,
+        finished=True,
+        equal=True,
+        losses_sha256="a",
+        weights_sha256="b",
+        noticed=[],
+        recovery_seconds=None,
+        unsaved_seconds=None,
+        wall_seconds=1.0,
+        goodput=None,
+    )
+    whole = {"ranks": 2, "steps": 24, "losses_sha256": "a", "weights_sha256": "b"}
+    assert Certificate(**whole, faults=[report]).holds
+    assert not Certificate(**whole, faults=[report, report.replace(happened=False)]).holds
+    assert not Certificate(**whole, faults=[report.replace(equal=False)]).holds
+
+
 @pytest.mark.soak
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2500)
 def test_every_fault_leaves_the_same_bits(recipe: Path, tmp_path: Path) -> None:
     certificate = _chaos(recipe, tmp_path / "report", "all")
     assert {fault["fault"] for fault in certificate["faults"]} == set(CASES)
-    assert all(fault["equal"] for fault in certificate["faults"])
+    assert all(fault["happened"] and fault["equal"] for fault in certificate["faults"])
+    lost = next(fault for fault in certificate["faults"] if fault["fault"] == "lost-s3")
+    assert lost["unsaved_seconds"] > 0

@@ -224,8 +224,6 @@ def test_every_so_manieth_is_kept_for_good(tmp_path: Path, dataset: Artifact) ->
     for step in range(1, 11):
         _save(store, dataset, step, best=2)
     assert store.steps() == [2, 4, 8, 10]
-    store.discard_after(4)
-    assert store.steps() == [2, 4]
 
 
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path, dataset: Artifact) -> None:

@@ -372,3 +372,29 @@ def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_nothing_else(tmp_path
     assert errors[0] == errors[1]
     assert all("-00002-of-00002" in e and "size limit" in e for e in errors[0])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def _refuse_on_first_then_save(rank: int, world: int, directory: str) -> list[str]:
+    store = CheckpointStore(directory, keep=2)
+    contents: dict[str, Any] = {"model": {"w": torch.full((4,), 1.0)}, "optimizer": {}}
+
+    def no_room_for_lines() -> None:
+        if rank == 0:
+            raise StorageError("no room for the lines")
+
+    messages = []
+    try:
+        store.together(no_room_for_lines)
+        store.save_async(TrainState(step=1), parents=[], **contents)
+    except StorageError as error:
+        messages.append(error.message)
+    store.together(lambda: None)
+    store.save_async(TrainState(step=2), parents=[], **contents).result()
+    store.close()
+    return [*messages, *map(str, store.steps())]
+
+
+def test_what_stops_one_rank_before_a_save_stops_all(tmp_path: Path) -> None:
+    """Else the others would wait in that save, and join the next one with old values."""
+    found = launch(_refuse_on_first_then_save, 2, directory=str(tmp_path))
+    assert found == [["no room for the lines", "2"]] * 2

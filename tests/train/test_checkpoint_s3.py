@@ -107,8 +107,6 @@ def test_saved_kept_loaded_and_verified(
     assert key in server.listing()
     store.save(TrainState(step=3), **_contents(3))
     assert store.steps() == [2, 3]
-    store.discard_after(2)
-    assert store.steps() == [2]
     assert not [p for p in (tmp_path / "downloads").rglob("*") if p.is_file()]
 
 

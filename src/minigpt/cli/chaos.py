@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from minigpt.cli.output import JsonOption, SetOption, emit
+
+if TYPE_CHECKING:
+    from minigpt.train.chaos import Certificate, FaultReport
 
 app = typer.Typer()
 
@@ -27,7 +30,10 @@ def train(
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="The report; the runs go to DIR-runs.")
     ],
-    ranks: Annotated[int, typer.Option(min=1, help="Data parallel ranks of the runs.")] = 2,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Data parallel ranks; 2 where no mesh is given otherwise."),
+    ] = None,
     faults: Annotated[
         str, typer.Option(help="Faults, separated by commas; `all` is every one.")
     ] = DEFAULT_FAULTS,
@@ -38,8 +44,9 @@ def train(
 
     Faults: kill, kill-forward, kill-reduce, kill-save, kill-validate (kill -9 there), term
     (SIGTERM), stop (SIGSTOP), hang, slow, nan, diverge (a bit of a replica's weights), bitflip
-    (a bit of a checkpoint), disk (full, needs root), tracker (lost). Exits with 1 where a run
-    did not end with the unbroken run's bits.
+    (a bit of a checkpoint), disk (full, needs root), lost-s3 (needs moto), tracker (lost). Any
+    mesh will do, as --set mesh.tp=2. Exits with 1 where a run did not end with the unbroken run's
+    bits, or a fault did not come about.
     """
     from minigpt.core.artifact import is_artifact
     from minigpt.core.errors import ConfigError
@@ -53,7 +60,9 @@ def train(
     for path in (out, runs):
         if path.exists() or is_artifact(path):
             raise ConfigError(f"{path} exists", remedy="choose another --out or remove it")
-    config = load_recipe(recipe, [f"mesh.dp={ranks}", *(overrides or [])])
+    config = load_recipe(recipe, overrides or [])
+    if ranks is not None or config.mesh.size == 1:
+        config = config.replace(mesh=config.mesh.replace(dp=ranks or 2))
     config = config.replace(data=open_dataset(config.data).uri)
     names = list(CASES) if faults == "all" else [name for name in faults.split(",") if name]
     report = run_chaos(config, names, runs, out)
@@ -63,25 +72,34 @@ def train(
         raise typer.Exit(1)
 
 
-def _print(certificate: object) -> None:
+def _verdict(fault: FaultReport) -> str:
+    if not fault.finished:
+        return "NOT FINISHED"
+    if not fault.happened:
+        return "NO FAULT"
+    return "equal" if fault.equal else "DIFFERENT"
+
+
+def _print(certificate: Certificate) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from minigpt.train.chaos import Certificate
+    table = Table(box=None, padding=(0, 1))
+    for title in ("fault", "bits", "recovery", "unsaved", "wall", "goodput", "noticed"):
+        table.add_column(title, overflow="fold")
 
-    assert isinstance(certificate, Certificate)
-    table = Table(box=None, padding=(0, 2))
-    for title in ("fault", "bits", "recovery", "wall", "goodput", "noticed"):
-        table.add_column(title)
+    def show(seconds: float | None) -> str:
+        return "-" if seconds is None else f"{seconds:.1f} s"
+
     for fault in certificate.faults:
-        seconds = fault.recovery_seconds
         table.add_row(
             fault.fault,
-            "equal" if fault.equal else "DIFFERENT" if fault.finished else "NOT FINISHED",
-            "-" if seconds is None else f"{seconds:.1f} s",
-            f"{fault.wall_seconds:.1f} s",
+            _verdict(fault),
+            show(fault.recovery_seconds),
+            show(fault.unsaved_seconds),
+            show(fault.wall_seconds),
             "-" if fault.goodput is None else f"{fault.goodput:.0%}",
-            ", ".join(fault.noticed),
+            "\n".join(fault.noticed),
         )
     Console().print(table)
     typer.echo(f"unbroken: losses sha256 {certificate.losses_sha256}")

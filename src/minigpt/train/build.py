@@ -38,7 +38,7 @@ from minigpt.train.mesh import AXES, Mesh, check_model
 from minigpt.train.objectives import check_content, check_tokenizer, make_objective
 from minigpt.train.optimizer import Optimizer
 from minigpt.train.parallelize import check_compression, gathered, spread
-from minigpt.train.pipeline_parallel import Stage, count_pieces
+from minigpt.train.pipeline_parallel import Cut, Stage, count_pieces
 from minigpt.train.precision import check_offload, check_precision, product_dtype, use_float8
 from minigpt.train.resolve import Facts, Resolved, resolve, with_steps
 from minigpt.train.step import NonFiniteError, StepOptions, TrainStep
@@ -202,6 +202,8 @@ class Build:
     loader: SampleLoader
     validator: Validator
     mesh: Mesh
+    cut: Cut | None = None
+    """This rank's stages of a pipeline."""
 
     def whole_model(self) -> Decoder:
         """Return a model that one device can run and save; every rank must join.
@@ -277,7 +279,7 @@ def build(
         objective=objective,
     )
     step = TrainStep(laid.model, optimizer, options, objective, spread=laid)
-    return Build(laid.model, optimizer, step, loader, validator, mesh)
+    return Build(laid.model, optimizer, step, loader, validator, mesh, laid.cut)
 
 
 def fit_minutes(config: TrainConfig, parts: Build, clock: Clock, started: float) -> TrainConfig:

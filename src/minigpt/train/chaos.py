@@ -18,7 +18,7 @@ from minigpt.core.errors import ConfigError, TrainingError
 from minigpt.core.telemetry import get_logger
 from minigpt.train.chaos_cases import CASES, Case, ChaosRun
 from minigpt.train.config import TrainConfig
-from minigpt.train.faults import VARIABLE
+from minigpt.train.faults import VARIABLE, parse_faults
 from minigpt.train.goodput import read_goodput
 from minigpt.train.metrics import read_metrics
 from minigpt.train.run import CHECKPOINT_DIRECTORY, MODEL_DIRECTORY, read_final, stored_config
@@ -34,6 +34,8 @@ class FaultReport(Config):
     fault: str
     what: str
     """What was done to the run."""
+    happened: bool
+    """It struck where it should, and the run noticed."""
     finished: bool
     equal: bool
     """Losses of all steps and final weights are those of the unbroken run, bit for bit."""
@@ -43,6 +45,8 @@ class FaultReport(Config):
     """Kinds of the events that the run recorded, in order, each once."""
     recovery_seconds: float | None
     """From the failure to the next finished step; None where no process failed."""
+    unsaved_seconds: float | None
+    """From a save that failed to the next that did not; None where none failed."""
     wall_seconds: float
     goodput: float | None
     """Share of the wall time in steps that count."""
@@ -60,8 +64,8 @@ class Certificate(Config):
 
     @property
     def holds(self) -> bool:
-        """Whether every run finished with the unbroken run's bits."""
-        return all(fault.equal for fault in self.faults)
+        """Whether every fault came about and every run finished with the unbroken run's bits."""
+        return all(fault.happened and fault.equal for fault in self.faults)
 
 
 def run_chaos(
@@ -70,7 +74,8 @@ def run_chaos(
     """Train unbroken, then under each fault, and write the certificate.
 
     Args:
-        config: A recipe; `mesh.dp` says how many ranks. Its data must be a dataset artifact.
+        config: A recipe; `mesh` says how many ranks. Its data must be a dataset artifact, and its
+            checkpoints go below `directory`.
         faults: Names from `CASES`.
         directory: Where the runs go; made, and nothing may be there.
         destination: Where the report artifact goes.
@@ -85,6 +90,13 @@ def run_chaos(
     unknown = [name for name in faults if name not in CASES]
     if unknown:
         raise ConfigError(f"unknown fault {unknown[0]!r}", remedy=f"choose from {', '.join(CASES)}")
+    for check in (CASES[name].check for name in faults):
+        if check is not None:
+            check()
+    config = config.replace(
+        checkpoint=config.checkpoint.replace(url=""),
+        recovery=config.recovery.replace(supervise=True),  # a single rank too
+    )
     directory.mkdir(parents=True)
     log = get_logger("chaos")
     whole = directory / "unbroken"
@@ -138,9 +150,10 @@ def _broken_run(name: str, whole: Path, directory: Path) -> ChaosRun:
     assert stored is not None and isinstance(stored.steps, int)
     run_dir = directory / name
     checkpoint = next((whole / CHECKPOINT_DIRECTORY).glob("step-*"))
+    sixth = max(1, stored.steps // 6)
     run = ChaosRun(
         run_dir,
-        _command(whole / "config.yaml", run_dir, case.overrides),
+        _command(whole / "config.yaml", run_dir, [o.format(sixth=sixth) for o in case.overrides]),
         os.environ | {VARIABLE: _faults(case, stored)},
         stored.steps,
         sum(path.stat().st_size for path in checkpoint.rglob("*")),
@@ -164,9 +177,11 @@ def _broken_run(name: str, whole: Path, directory: Path) -> ChaosRun:
 
 
 def _faults(case: Case, config: TrainConfig) -> str:
-    """Fill in the last rank, and a step in the middle between two saves."""
+    """Fill in the last rank, and a step in the middle and a late one, between two saves."""
     assert isinstance(config.steps, int)
-    return case.faults.format(last=config.mesh.size - 1, step=config.steps // 2 + 1)
+    return case.faults.format(
+        last=config.mesh.size - 1, step=config.steps // 2 + 1, late=3 * config.steps // 4 + 1
+    )
 
 
 def _report(name: str, run: ChaosRun, whole: Path) -> FaultReport:
@@ -179,15 +194,21 @@ def _report(name: str, run: ChaosRun, whole: Path) -> FaultReport:
     usual = ("session", "session_end", "validation", "checkpoint")
     losses, weights = final["losses"]["sha256"], final.get("weights_sha256", "")
     recoveries = goodput.recoveries if goodput is not None else []
+    noticed = list(dict.fromkeys(e["kind"] for e in events if e["kind"] not in usual))
+    struck = len(list((run.directory / "ranks" / "struck").glob("*")))
+    asked = len(parse_faults(run.environment[VARIABLE]))
+    made_up = [event["seconds"] for event in events if event["kind"] == "save_made_up"]
     return FaultReport(
         fault=name,
         what=CASES[name].what,
+        happened=struck == asked and set(CASES[name].shows) <= set(noticed),
         finished=finished,
         equal=(losses, weights) == (expected["losses"]["sha256"], expected["weights_sha256"]),
         losses_sha256=losses,
         weights_sha256=weights,
-        noticed=list(dict.fromkeys(e["kind"] for e in events if e["kind"] not in usual)),
+        noticed=noticed,
         recovery_seconds=max(recoveries, default=None),
+        unsaved_seconds=max(made_up, default=None),
         wall_seconds=run.seconds,
         goodput=goodput.goodput if goodput is not None else None,
     )

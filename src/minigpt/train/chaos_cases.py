@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt.core.errors import ConfigError
+from minigpt.train.chaos_storage import BUCKET, ChaosStorage, check_installed
+from minigpt.train.metrics import read_metrics
 from minigpt.train.progress import beacon_path, read_beacon
+from minigpt.train.sessions import EVENTS_FILE
 
 _POLL_SECONDS = 0.01
 _RUN_SECONDS = 600.0
 _DISK_CHECKPOINTS = 5
 _DISK_EXTRA_BYTES = 4 << 20
+_KILLED = ("failure", "recovered")
 
 
 @dataclass
@@ -34,6 +38,8 @@ class ChaosRun:
     process: subprocess.Popen[str] | None = None
     seconds: float = 0.0
     """Its wall time, starts included; set at the end."""
+    storage: ChaosStorage | None = None
+    """Where its checkpoints are, for the fault that takes that away."""
 
     def start(self) -> None:
         """Start it, or start it again."""
@@ -69,12 +75,18 @@ class Case:
 
     what: str
     faults: str = ""
-    """For `MINIGPT_FAULTS`; {last} is the last rank, {step} a step in the middle."""
+    """For `MINIGPT_FAULTS`; {last} is the last rank, {step} a step in the middle, {late} one after
+    three quarters."""
     overrides: tuple[str, ...] = ()
+    """Settings; {sixth} is a sixth of the steps."""
     meddle: Callable[[ChaosRun], None] | None = None
     """Interferes from outside while the run is going."""
     prepare: Callable[[ChaosRun], Callable[[], None]] | None = None
     """Sets the scene; returns what clears it away."""
+    shows: tuple[str, ...] = ()
+    """Kinds of events without which it has not come about."""
+    check: Callable[[], None] | None = None
+    """Raises a ConfigError where it can't be brought about here."""
 
 
 def _flip_newest_checkpoint(run: ChaosRun) -> None:
@@ -155,22 +167,49 @@ def _mount_tmpfs(run: ChaosRun) -> Callable[[], None]:
     return clear
 
 
+def _serve_storage(run: ChaosRun) -> Callable[[], None]:
+    """Start the S3 server that the run's checkpoints go to."""
+    run.storage = ChaosStorage()
+    run.environment |= run.storage.environment
+    return run.storage.close
+
+
+def _lose_storage(run: ChaosRun) -> None:
+    """Cut the server off after the first save, until a save was missed for it."""
+    assert run.storage is not None
+    run.wait_until(lambda: _has_event(run, "checkpoint"))
+    run.storage.link.cut()
+    run.wait_until(lambda: _has_event(run, "save_missed"))
+    run.storage.link.mend()
+
+
+def _has_event(run: ChaosRun, kind: str) -> bool:
+    return any(line["kind"] == kind for line in read_metrics(run.directory / EVENTS_FILE))
+
+
 CASES: Mapping[str, Case] = {
     "kill": Case(
         "kill -9 of the last rank in a backward pass",
         "kill:rank={last},step={step},phase=backward",
+        shows=_KILLED,
     ),
     "kill-forward": Case(
-        "kill -9 of rank 0 in a forward pass", "kill:rank=0,step={step},phase=forward"
+        "kill -9 of rank 0 in a forward pass",
+        "kill:rank=0,step={step},phase=forward",
+        shows=_KILLED,
     ),
     "kill-reduce": Case(
         "kill -9 of the last rank as gradients are exchanged",
         "kill:rank={last},step={step},phase=reduce",
+        shows=_KILLED,
     ),
-    "kill-save": Case("kill -9 of rank 0 in a save", "kill:rank=0,step={step},phase=save"),
+    "kill-save": Case(
+        "kill -9 of rank 0 in a save", "kill:rank=0,step={step},phase=save", shows=_KILLED
+    ),
     "kill-validate": Case(
         "kill -9 of the last rank in a validation",
         "kill:rank={last},step={step},phase=validate",
+        shows=_KILLED,
     ),
     "term": Case(
         "SIGTERM to one rank in a forward pass, then a resume",
@@ -181,28 +220,50 @@ CASES: Mapping[str, Case] = {
         "SIGSTOP of the last rank",
         "stop:rank={last},step={step},phase=forward",
         ("recovery.hang_seconds=5",),
+        shows=("hang", *_KILLED),
     ),
     "hang": Case(
         "the last rank blocked for ever in C",
         "hang:rank={last},step={step},phase=backward",
         ("recovery.hang_seconds=5",),
+        shows=("hang", *_KILLED),
     ),
     "slow": Case(
         "a slow rank",
         "slow:rank={last},step={step},seconds=0.2,times=20",
         ("recovery.check_every=5",),
     ),
-    "nan": Case("NaN in the gradient of one rank", "nan:rank={last},step={step},phase=reduce"),
+    "nan": Case(
+        "NaN in the gradient of one rank",
+        "nan:rank={last},step={step},phase=reduce",
+        shows=("anomaly",),
+    ),
     "diverge": Case(
         "a flipped bit in one replica's weights",
         "flip:rank={last},step={step}",
         ("recovery.check_every=2",),
+        shows=("divergence", "rollback"),
     ),
     "bitflip": Case(
         "supervisor killed, then a bit of the newest checkpoint flipped",
         meddle=_flip_newest_checkpoint,
+        shows=("corrupt_checkpoint",),
     ),
-    "disk": Case("a full disk while a save is due", meddle=_fill_disk, prepare=_mount_tmpfs),
+    "disk": Case(
+        "a full disk while a save is due",
+        meddle=_fill_disk,
+        prepare=_mount_tmpfs,
+        shows=("save_missed",),
+    ),
+    "lost-s3": Case(
+        "S3, where the checkpoints are, out of reach while a save is due; then kill -9 of a rank",
+        "slow:rank={last},seconds=0.25,times=1000;kill:rank={last},step={late},phase=backward",
+        (f"checkpoint.url=s3://{BUCKET}/run", "checkpoint.every={sixth}"),
+        meddle=_lose_storage,
+        prepare=_serve_storage,
+        shows=("save_missed", "save_made_up", *_KILLED),
+        check=check_installed,
+    ),
     "tracker": Case(
         "a tracking server that is not there",
         overrides=("trackers.mlflow=true", "trackers.mlflow_uri=http://127.0.0.1:9"),

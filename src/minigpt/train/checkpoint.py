@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -146,6 +146,8 @@ class CheckpointStore:
         self._last: tuple[int, Artifact] | None = None
         self.save_seconds: list[float] = []
         """How long each save took that succeeded, waiting in the background included."""
+        self.corrupt: dict[int, str] = {}
+        """Why the last `load_latest` set checkpoints aside, by step."""
         # Nobody else can be at work here.
         self._world.from_first(self._location.clean)
 
@@ -221,6 +223,15 @@ class CheckpointStore:
         self.settle()
         self._executor.shutdown()
 
+    def together(self, action: Callable[[], None]) -> None:
+        """Run `action` on every rank, with no save under way.
+
+        Raises:
+            MinigptError: What the lowest rank raised that failed; on every rank.
+        """
+        self.settle()
+        self._world.together(action)
+
     def load_latest(self, layout: State | None = None) -> Checkpoint | None:
         """Load the newest checkpoint that is whole; set corrupt ones aside with a warning.
 
@@ -241,11 +252,13 @@ class CheckpointStore:
             ModelError: The newest one is of another model than `layout`.
         """
         self.settle()
+        self.corrupt = {}
         steps = self._world.from_first(self._location.steps)
         for step in reversed(steps):
             try:
                 return self._load(step, layout)
             except ArtifactError as error:
+                self.corrupt[step] = str(error)
                 aside = self._world.from_first(partial(self._location.set_aside, step))
                 if self._world.is_first:
                     self._log.warning(
@@ -257,17 +270,6 @@ class CheckpointStore:
                 remedy="restore one from a copy, or run the same command again to start over",
             )
         return None
-
-    def discard_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps, which a run that went back will save anew."""
-        self.settle()
-
-        def remove() -> None:
-            for later in self.steps():
-                if later > step:
-                    self._location.remove(later)
-
-        self._world.from_first(remove)
 
     def _named(self, model: State, optimizer: State) -> dict[str, Tensor]:
         rng = {f"{self._world.rank:05d}/{k}": v for k, v in capture_generators().items()}

@@ -239,8 +239,10 @@ class TrainLoop:
 
     def _note_gradient(self, phase: str, step: int, micro_batch: int) -> None:
         """Look, before gradients are exchanged, whether this rank's own are finite."""
-        share = self._accumulation // self._member.mesh.data_size
-        if phase == "reduce" and micro_batch == share - 1 and self._world.size > 1:
+        mesh = self._member.mesh
+        # A pipeline has gradients to exchange once, when all micro-batches are through.
+        last = 0 if mesh.size("pp") > 1 else self._accumulation // mesh.data_size - 1
+        if phase == "reduce" and micro_batch == last and self._world.size > 1:
             gradients = [p.grad for p in self._parts.model.parameters() if p.grad is not None]
             self._own_finite = all(bool(_local(g).isfinite().all()) for g in gradients)
 
@@ -360,7 +362,7 @@ class TrainLoop:
             else:
                 self._saver.begin(self.state)
         except StorageError as error:
-            self._saver.warn(self.state.step, error)
+            self._saver.missed(self.state.step, error)
         if timed:
             self._saves.check_grace()
 

@@ -52,6 +52,7 @@ class Stage(nn.Module):
     Attributes:
         run: How layers and the final norm are called.
         dtype: Of matrix products; None is that of the weights.
+        gradients_ready: Called after a step's last backward pass, before gradients are exchanged.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Stage(nn.Module):
         self.lm_head = decoder.lm_head if self.is_last else None
         self.run: Runner = call
         self.dtype: torch.dtype | None = None
+        self.gradients_ready: Callable[[], None] = lambda: None
         self._context = context
 
     def forward(self, inputs: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
@@ -223,6 +225,7 @@ class PipelinePasses:
             positions=positions,
             documents=documents,
         )
+        self._cut.held.gradients_ready()
         self._finish()
         if self._cut.held.config.tie_embeddings:
             self._sum_tied_gradients()

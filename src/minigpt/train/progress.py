@@ -15,11 +15,15 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from minigpt.core.clock import Clock
+
+if TYPE_CHECKING:
+    from minigpt.train.pipeline_parallel import Cut
 
 PHASES = (
     "start",  # from the process's beginning to the first step
@@ -133,6 +137,27 @@ class Progress:
         model.register_forward_hook(backward)
         learning = next(p for p in model.parameters() if p.requires_grad)
         learning.register_post_accumulate_grad_hook(reduce)  # type: ignore[no-untyped-call]
+
+    def follow_pipeline(self, cut: Cut) -> None:
+        """Tell the phases of a step by hooks on this rank's stages of a pipeline.
+
+        Passes of several pieces take turns: "backward" is all that is not a forward pass, waiting
+        for other ranks included.
+        """
+        piece = -1
+
+        def forward(*_: object) -> None:
+            nonlocal piece
+            piece = piece + 1 if self._phase == "backward" else 0
+            self.enter("forward", piece)
+
+        def backward(*_: object) -> None:
+            self.enter("backward", piece)
+
+        for stage in cut.stages:
+            stage.register_forward_pre_hook(forward)
+            stage.register_forward_hook(backward)
+        cut.held.gradients_ready = lambda: self.enter("reduce")
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds in each phase, up to now; they sum to the process's life."""

@@ -37,6 +37,8 @@ def restore(
 
     outputs.metrics.rewind(keep)
     outputs.events.rewind(keep)
+    for step, reason in outputs.store.corrupt.items():
+        outputs.events.append({"kind": "corrupt_checkpoint", "step": step, "reason": reason})
     if world.is_first:
         check_steps(outputs.metrics.path, state.step)
     return state

@@ -295,7 +295,10 @@ def _train_to_the_end(
     if faults is not None:
         faults.weights = lambda: list(parts.model.parameters())
         progress.listeners.append(faults.strike)
-    progress.follow(parts.model)
+    if parts.cut is None:
+        progress.follow(parts.model)
+    else:
+        progress.follow_pipeline(parts.cut)
     begin = begin_line(session.history.sessions, state.step, world.size, session.began)
     outputs.events.append(begin)
     loop = TrainLoop(

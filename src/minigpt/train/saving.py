@@ -1,6 +1,7 @@
 """When a run saves, and how: at once or in the background.
 
-It saves at steps that its config names, and by the clock where failures teach it.
+It saves at steps that its config names, by the clock where failures teach it, and soon again
+after a save that failed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from minigpt.train.reporter import Reporter
 from minigpt.train.sessions import History
 
 _LEAST_HOURS = 1e-3
+_RETRY_SECONDS = 1.0
+_MOST_RETRY_SECONDS = 60.0
 
 
 class SaveSchedule:
@@ -40,11 +43,15 @@ class SaveSchedule:
         self.saved_step = self.begun_step = 0
         self.seconds = history.save_seconds
         """Duration of the last save; None before the first."""
+        self.missed = 0
+        """Saves that failed since the last one that did not."""
+        self._missed_at = 0.0
+        self._retry_at = math.inf
         self._every, self._steps = config.checkpoint.every, config.steps
         self._recovery = config.recovery
         self._history = history
         self._clock = clock
-        self._began = self._saved_at = clock.monotonic()
+        self._began = self._begun_at = clock.monotonic()
 
     def is_due(self, step: int) -> bool:
         """Tell whether the config asks for a save after `step`."""
@@ -59,8 +66,10 @@ class SaveSchedule:
         return self.seconds is None and self._recovery.grace_seconds is not None
 
     def is_overdue(self) -> bool:
-        """Tell whether the interval that the failures so far suggest has passed."""
-        return self._clock.monotonic() - self._saved_at > self.interval()
+        """Tell whether a failed save should be made up for by now, or the interval that the
+        failures of processes so far suggest has passed.
+        """
+        return self._clock.monotonic() > min(self._retry_at, self._begun_at + self.interval())
 
     def interval(self) -> float:
         """Return Daly's interval in seconds, by the upper bound of the failure rate.
@@ -73,10 +82,26 @@ class SaveSchedule:
         rate = failure_rate(self._history.failures, max(_LEAST_HOURS, hours))
         return daly_interval(self.seconds, 3600 * rate.mtbf_hours)
 
+    def begun(self, step: int) -> None:
+        """Note that a save is under way."""
+        self.begun_step, self._retry_at = step, math.inf
+        self._begun_at = self._clock.monotonic()
+
     def saved(self, step: int, seconds: float) -> None:
         """Note a save and how long it took (the slowest rank's time)."""
-        self.saved_step, self.seconds = step, seconds
-        self._saved_at = self._clock.monotonic()
+        self.saved_step, self.seconds, self.missed = step, seconds, 0
+
+    def failed(self) -> None:
+        """Note a save that failed. It is tried again after a pause that doubles each time."""
+        now = self._clock.monotonic()
+        if self.missed == 0:
+            self._missed_at = now
+        self._retry_at = now + min(_MOST_RETRY_SECONDS, _RETRY_SECONDS * 2**self.missed)
+        self.missed += 1
+
+    def seconds_since_miss(self) -> float:
+        """Return how long it is since the first of the `missed` saves failed."""
+        return self._clock.monotonic() - self._missed_at
 
     def went_back(self, step: int) -> None:
         """Note that the run stands at a step that is saved, or at 0."""
@@ -153,7 +178,7 @@ class Saver:
         with self._changing:
             self._out.store.save(_with_best(state), **self._contents())
             note_best(state)
-            self.schedule.begun_step = state.step
+            self.schedule.begun(state.step)
         seconds = self._clock.monotonic() - begin
         (milliseconds,) = self._world.vote(round(1000 * seconds))
         self._note(state.step, milliseconds / 1000, seconds, phases)
@@ -169,7 +194,7 @@ class Saver:
         self._pending_phases = self._progress.seconds()
         with self._changing:
             self._pending = self._out.store.save_async(_with_best(state), **self._contents())
-            self.schedule.begun_step = state.step
+            self.schedule.begun(state.step)
 
     def finish(self, state: TrainState) -> None:
         """Wait for the save in the background, if there is one, and take note of its end."""
@@ -180,7 +205,7 @@ class Saver:
         try:
             pending.result()
         except StorageError as error:
-            self.warn(pending.step, error)
+            self.missed(pending.step, error)
             return
         with self._changing:
             state.best_step = pending.state.best_step
@@ -195,17 +220,22 @@ class Saver:
         elif state.step > 0:
             self._out.store.save(_with_best(state), **self._contents())
 
-    def warn(self, step: int, error: StorageError) -> None:
-        """Say that a save failed; the run goes on."""
+    def missed(self, step: int, error: StorageError) -> None:
+        """Record that a save failed; the run goes on."""
+        self.schedule.failed()
+        self._report.event("save_missed", step, reason=str(error))
         get_logger("train").warning(
-            "checkpoint not saved; training goes on and tries again at the next interval",
+            "checkpoint not saved; training goes on and tries again soon",
             step=step,
             reason=str(error),
             last_good_step=self.schedule.saved_step,
         )
 
     def _note(self, step: int, seconds: float, stall: float, phases: Mapping[str, float]) -> None:
+        missed, since = self.schedule.missed, self.schedule.seconds_since_miss()
         self.schedule.saved(step, seconds)
+        if missed:
+            self._report.event("save_made_up", step, missed=missed, seconds=since)
         self._report.event(
             "checkpoint", step, seconds=seconds, stall_seconds=stall, phases=dict(phases)
         )
@@ -214,14 +244,18 @@ class Saver:
             self._report.saved(self._config.checkpoint.every, seconds)
 
     def _contents(self) -> dict[str, Any]:
-        # First the lines, then the checkpoint that claims they are there.
-        self._out.metrics.flush()
-        self._out.events.flush()
+        # First the lines, then the checkpoint that claims they are there. Rank 0 alone has lines,
+        # but where there is no room for them no rank may begin to save.
+        self._out.store.together(self._flush)
         return {
             "model": trained_state(self._parts.model),
             "optimizer": self._parts.optimizer.state_dict(),
             "parents": self._parents,
         }
+
+    def _flush(self) -> None:
+        self._out.metrics.flush()
+        self._out.events.flush()
 
 
 def note_best(state: TrainState) -> None:

@@ -30,7 +30,7 @@ from minigpt.train.metrics import append_line
 from minigpt.train.progress import Beacon, beacon_path, read_beacon
 from minigpt.train.sessions import EVENTS_FILE, STARTED_VARIABLE, close_session
 from minigpt.train.watchdog import HangDetector
-from minigpt.train.worker import LOST_PEER, STACK_SIGNAL, rank_file
+from minigpt.train.worker import LOST_PEER, LOST_STORAGE, STACK_SIGNAL, rank_file
 from minigpt.train.world import SUPERVISED_VARIABLE
 
 _POLL_SECONDS = 0.05
@@ -120,7 +120,7 @@ class Supervisor:
             "WORLD_SIZE": str(self._ranks),
             "LOCAL_WORLD_SIZE": str(self._ranks),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             SUPERVISED_VARIABLE: str(os.getpid()),
             STARTED_VARIABLE: str(self._began),
         }
@@ -190,18 +190,21 @@ class Supervisor:
         first = {rank: code for rank, code in failed.items() if code != LOST_PEER} or failed
         killed = {rank: code for rank, code in first.items() if code < 0}
         first = killed or first
-        for rank, code in first.items():
-            if code == MinigptError.exit_code:
-                raise self._error(rank)
         rank, code = next(iter(first.items()))
+        beacon = self._beacon(rank, workers[rank])
+        step, phase = (beacon.step, beacon.phase) if beacon is not None else (0, "start")
+        hopeless = [r for r, c in first.items() if c == MinigptError.exit_code]
+        # Storage may come back; where it was never there, the mistake is in the config.
+        if code == LOST_STORAGE and step == 0 and not self._failures:
+            hopeless.append(rank)
+        if hopeless:
+            raise self._error(hopeless[0])
+        return Failure(tuple(first), self._cause(rank, code), step, phase)
+
+    def _beacon(self, rank: int, worker: subprocess.Popen[bytes]) -> Beacon | None:
+        """Return a rank's beacon; None where this process has not lit one yet."""
         beacon = read_beacon(beacon_path(self._run_dir, rank))
-        alive = beacon is not None and beacon.pid == workers[rank].pid
-        return Failure(
-            tuple(first),
-            self._cause(rank, code),
-            beacon.step if beacon is not None and alive else 0,
-            beacon.phase if beacon is not None and alive else "start",
-        )
+        return beacon if beacon is not None and beacon.pid == worker.pid else None
 
     def _cause(self, rank: int, code: int) -> str:
         if code < 0:
@@ -224,8 +227,8 @@ class Supervisor:
     ) -> Failure | None:
         beacons: dict[int, Beacon] = {}
         for rank, worker in enumerate(workers):
-            beacon = read_beacon(beacon_path(self._run_dir, rank))
-            if beacon is not None and beacon.pid == worker.pid:
+            beacon = self._beacon(rank, worker)
+            if beacon is not None:
                 beacons[rank] = beacon
         missing = tuple(rank for rank in range(self._ranks) if rank not in beacons)
         if missing:
@@ -336,7 +339,8 @@ class Supervisor:
                 signal.signal(signum, handler)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

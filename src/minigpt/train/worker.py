@@ -23,7 +23,7 @@ import torch.distributed as dist
 from minigpt.core.artifact import open_artifact
 from minigpt.core.clock import SystemClock
 from minigpt.core.config import Config, load_config
-from minigpt.core.errors import MinigptError
+from minigpt.core.errors import MinigptError, StorageError
 from minigpt.core.telemetry import configure_logging
 from minigpt.train.config import TrainConfig
 from minigpt.train.interrupt import TrainingInterruptedError
@@ -32,6 +32,8 @@ from minigpt.train.run import train
 
 LOST_PEER = 75
 """Exit code of a rank whose collective failed because another rank had gone (EX_TEMPFAIL)."""
+LOST_STORAGE = 74
+"""Exit code of a rank that could not read or write what it must (EX_IOERR)."""
 STACK_SIGNAL = signal.SIGUSR1
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
@@ -95,7 +97,7 @@ def _train(spec: WorkerSpec, error_file: Path) -> int:
         return error.exit_code
     except MinigptError as error:
         _leave(error_file, error.message, error.remedy)
-        return error.exit_code
+        return LOST_STORAGE if isinstance(error, StorageError) else error.exit_code
     except Exception as error:  # reported, and restarted from the last checkpoint
         traceback.print_exc()
         _leave(error_file, f"{type(error).__name__}: {error}", "")
