@@ -284,6 +284,8 @@ class PipelinePasses:
         embedding = self._cut.held.model.embed_tokens
         assert embedding is not None
         gradient = embedding.weight.grad
+        if not embedding.weight.requires_grad:  # frozen, beside adapters
+            return
         assert gradient is not None
         own = _local(gradient)
         other = torch.empty_like(own)
