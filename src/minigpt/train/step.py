@@ -188,6 +188,17 @@ class TrainStep:
         if self.loss_scale is not None:
             self.loss_scale.succeeded()
 
+    def state(self) -> dict[str, float]:
+        """Return what a resumed run needs besides weights and optimizer: the loss scale."""
+        return {} if self.loss_scale is None else self.loss_scale.state()
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        """Go on from a `state()`; from {} as at the beginning."""
+        if self.loss_scale is not None:
+            self.loss_scale = LossScale()
+            if state:
+                self.loss_scale.load_state(state)
+
     def discard(self) -> None:
         """Drop the gradient."""
         self._optimizer.zero_grad()
