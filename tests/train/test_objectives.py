@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from minigpt.core.artifact import Artifact, open_artifact
 from minigpt.core.clock import SystemClock
 from minigpt.core.config import from_mapping
-from minigpt.core.errors import ConfigError, ModelError
+from minigpt.core.errors import ArtifactError, ConfigError, ModelError
 from minigpt.data.shards import TokenDataset
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.data.tokenizer_build import train_bpe
 from minigpt.model.weights import load_model, save_model
 from minigpt.train.config import TrainConfig, ValidationConfig
+from minigpt.train.export_weights import export_weights
 from minigpt.train.metrics import read_metrics
 from minigpt.train.run import read_final, train
 from minigpt.train.validation import Validator, answer_spans, choose_examples
@@ -139,6 +140,15 @@ def test_adapters_are_what_is_saved_and_merged_is_what_is_left(
         assert torch.equal(tensor, base.model.state_dict()[name]) != is_target
     kinds = {parent.kind for parent in model.manifest.parents}
     assert kinds == {"dataset", "model", "adapter", "checkpoint"}
+    exported = export_weights(tmp_path / "run/checkpoints/step-00000009", tmp_path / "exported")
+    assert exported.manifest.files["model.safetensors"] == model.manifest.files["model.safetensors"]
+    assert open_artifact(tiny_model).id in {parent.id for parent in exported.manifest.parents}
+    other, nowhere = tmp_path / "run/model", tmp_path / "none"
+    for base, message in ((other, "adapters for another model"), (nowhere, "can't be read")):
+        with pytest.raises((ArtifactError, ModelError), match=message):
+            export_weights(
+                tmp_path / "run/checkpoints/step-00000009", tmp_path / "again", base=str(base)
+            )
     final = read_final(tmp_path / "run")
     assert final["trained_parameters"] == sum(t.numel() for t in checkpoint.values())
     dataset = TokenDataset.open(datasets["chat"].path, "val")
