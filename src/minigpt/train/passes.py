@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor import DTensor
 
 from minigpt.data.loader import Batch
 from minigpt.model.decoder import Decoder, Runner, call
+from minigpt.model.moe import MixtureOfExperts
 from minigpt.train.activation import with_checkpoints
 from minigpt.train.config import MemoryConfig
 from minigpt.train.context_parallel import choose_attention, own_columns
@@ -137,7 +138,7 @@ class LocalPasses:
         )
         sums = nll.view_as(own).sum(-1)
         context = self._spread.mesh.group("cp")
-        return sums if context is None else all_reduce(sums, group=context)  # type: ignore[no-any-return, no-untyped-call]
+        return sums if context is None else all_reduce(sums, group=context)  # type: ignore[no-untyped-call]
 
     def own(self, tensor: Tensor) -> Tensor:
         """See `train.objective.Compute`."""
@@ -178,6 +179,16 @@ def layer_runner(num_layers: int, memory: MemoryConfig, *, compile: bool) -> Run
     return with_checkpoints(run, memory, num_layers)
 
 
+def keep_experts_uncompiled(model: nn.Module) -> None:
+    """Let compiled layers call their mixtures of experts as they are.
+
+    How many tokens an expert gets changes with each batch, and compiled code is for fixed shapes.
+    """
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+
+
 def token_loss(chunk_tokens: int, dtype: torch.dtype, *, compile: bool) -> LossSum:
     """Return the summed cross-entropy, of a whole or a spread vocabulary.
 
@@ -200,7 +211,7 @@ def token_loss(chunk_tokens: int, dtype: torch.dtype, *, compile: bool) -> LossS
     return loss_sum
 
 
-def _taken_gradient(parameter: torch.nn.Parameter) -> Tensor:
+def _taken_gradient(parameter: nn.Parameter) -> Tensor:
     gradient = parameter.grad
     assert gradient is not None, "a parameter that the loss does not depend on"
     parameter.grad = None

@@ -19,7 +19,13 @@ from minigpt.train.mesh import AXES, DATA_AXES
 from minigpt.train.objective import NextToken, Objective
 from minigpt.train.optimizer import Optimizer
 from minigpt.train.parallelize import Spread, alone
-from minigpt.train.passes import LocalPasses, Passes, layer_runner, token_loss
+from minigpt.train.passes import (
+    LocalPasses,
+    Passes,
+    keep_experts_uncompiled,
+    layer_runner,
+    token_loss,
+)
 from minigpt.train.pipeline_parallel import PipelinePasses, Stage
 from minigpt.train.precision import LossScale
 
@@ -69,6 +75,8 @@ def make_passes(spread: Spread, options: StepOptions, objective: Objective | Non
         objective: What to minimise; None is next-token cross-entropy, a pipeline's only one.
     """
     objective = objective or NextToken()
+    if options.compile:
+        keep_experts_uncompiled(spread.model)
     if spread.cut is not None:
         assert isinstance(objective, NextToken)
         num_layers = spread.model.config.num_layers
