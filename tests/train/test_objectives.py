@@ -168,11 +168,11 @@ def test_adapters_are_what_is_saved_and_merged_is_what_is_left(
     exported = export_weights(tmp_path / "run/checkpoints/step-00000009", tmp_path / "exported")
     assert exported.manifest.files["model.safetensors"] == model.manifest.files["model.safetensors"]
     assert open_artifact(tiny_model).id in {parent.id for parent in exported.manifest.parents}
-    other, nowhere = tmp_path / "run/model", tmp_path / "none"
-    for base, message in ((other, "adapters for another model"), (nowhere, "can't be read")):
+    wrong, nowhere = tmp_path / "run/model", tmp_path / "none"
+    for place, message in ((wrong, "adapters for another model"), (nowhere, "can't be read")):
         with pytest.raises((ArtifactError, ModelError), match=message):
             export_weights(
-                tmp_path / "run/checkpoints/step-00000009", tmp_path / "again", base=str(base)
+                tmp_path / "run/checkpoints/step-00000009", tmp_path / "again", base=str(place)
             )
     final = read_final(tmp_path / "run")
     assert final["trained_parameters"] == sum(t.numel() for t in checkpoint.values())
