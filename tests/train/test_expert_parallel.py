@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from tests.train.proof import EXPERTS, Case, name_of, prove
@@ -10,8 +13,9 @@ from minigpt.model.moe import Router
 from minigpt.train.attention import MatmulAttention
 from minigpt.train.config import MeshConfig
 from minigpt.train.expert_parallel import balance_experts
-from minigpt.train.parallelize import gathered, spread
+from minigpt.train.parallelize import alone, gathered, spread
 from minigpt.train.processes import Ranks, mesh_of
+from minigpt.train.step import StepOptions, make_passes
 from minigpt.train.verify_parallel import make_batch
 
 ONE_EACH = EXPERTS | {"num_experts": 2, "experts_per_token": 1, "norm_topk_prob": False}
@@ -49,6 +53,25 @@ def test_two_ranks_compute_what_one_does(case: Case, two_ranks: Ranks) -> None:
 @pytest.mark.parametrize("case", FOUR, ids=name_of)
 def test_four_ranks_compute_what_one_does(case: Case, four_ranks: Ranks) -> None:
     prove(case, four_ranks)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.soak)])
+def test_layers_around_experts_compile_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", compiled)
+    found = {}
+    for compile in (False, True):
+        model = _build().double()
+        options = StepOptions(12, torch.float64, compile=compile)
+        passes = make_passes(alone(model), options)
+        for number in range(3):  # loads of experts that differ
+            limit = torch.compiler.set_stance("fail_on_recompile") if number else nullcontext()
+            model.zero_grad()
+            with limit:
+                passes.run([make_batch(MODEL, number, 4)], 100.0, lambda: False)
+        found[compile] = {name: p.grad for name, p in model.named_parameters()}
+    for name, gradient in found[False].items():
+        torch.testing.assert_close(found[True][name], gradient, rtol=0, atol=1e-10)
 
 
 def _build() -> Decoder:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minigpt.train.objective import IGNORED_TARGET, cross_entropy_sum, token_nll
+from minigpt.train.objective import IGNORED_TARGET, cross_entropy_sum
+from minigpt.train.token_likelihood import token_nll
 
 
 def _inputs(dtype: torch.dtype, tokens: int = 37) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.train.rank_processes import launch
 
 from minigpt.core.artifact import Artifact, open_artifact
 from minigpt.core.clock import SystemClock
 from minigpt.core.config import from_mapping
-from minigpt.core.errors import ConfigError, ModelError
+from minigpt.core.errors import ArtifactError, ConfigError, ModelError
 from minigpt.data.shards import TokenDataset
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.data.tokenizer_build import train_bpe
 from minigpt.model.weights import load_model, save_model
-from minigpt.train.config import TrainConfig, ValidationConfig
+from minigpt.train.config import MeshConfig, TrainConfig, ValidationConfig
+from minigpt.train.export_weights import export_weights
 from minigpt.train.metrics import read_metrics
 from minigpt.train.run import read_final, train
 from minigpt.train.validation import Validator, answer_spans, choose_examples
@@ -124,6 +127,29 @@ def test_a_run_that_died_twice_is_the_same_to_the_last_bit(
         assert found[-1]["margin"] > found[0]["margin"]
 
 
+def _train_rank(rank: int, world: int, config: TrainConfig, dataset: str, run_dir: str) -> None:
+    places = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    train(config, open_artifact(dataset), Path(run_dir))
+
+
+def test_adapters_of_a_pipeline_are_saved_whole_and_merged(
+    make_tuning: ConfigFactory, datasets: dict[str, Artifact], tmp_path: Path
+) -> None:
+    dataset = datasets["chat"]
+    config = make_tuning("sft", lora={"rank": 4}, steps=3)
+    train(config, dataset, tmp_path / "one")
+    mesh = MeshConfig(pp=2)
+    arguments = {"config": config.replace(mesh=mesh), "dataset": str(dataset.path)}
+    launch(_train_rank, 2, run_dir=str(tmp_path / "two"), **arguments)
+    one, two = read_final(tmp_path / "one"), read_final(tmp_path / "two")
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert two["trained_parameters"] == one["trained_parameters"]
+    exported = export_weights(tmp_path / "two/checkpoints/step-00000003", tmp_path / "exported")
+    model = open_artifact(tmp_path / "two/model")
+    assert exported.manifest.files["model.safetensors"] == model.manifest.files["model.safetensors"]
+
+
 def test_adapters_are_what_is_saved_and_merged_is_what_is_left(
     make_tuning: ConfigFactory, datasets: dict[str, Artifact], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -139,6 +165,15 @@ def test_adapters_are_what_is_saved_and_merged_is_what_is_left(
         assert torch.equal(tensor, base.model.state_dict()[name]) != is_target
     kinds = {parent.kind for parent in model.manifest.parents}
     assert kinds == {"dataset", "model", "adapter", "checkpoint"}
+    exported = export_weights(tmp_path / "run/checkpoints/step-00000009", tmp_path / "exported")
+    assert exported.manifest.files["model.safetensors"] == model.manifest.files["model.safetensors"]
+    assert open_artifact(tiny_model).id in {parent.id for parent in exported.manifest.parents}
+    wrong, nowhere = tmp_path / "run/model", tmp_path / "none"
+    for place, message in ((wrong, "adapters for another model"), (nowhere, "can't be read")):
+        with pytest.raises((ArtifactError, ModelError), match=message):
+            export_weights(
+                tmp_path / "run/checkpoints/step-00000009", tmp_path / "again", base=str(place)
+            )
     final = read_final(tmp_path / "run")
     assert final["trained_parameters"] == sum(t.numel() for t in checkpoint.values())
     dataset = TokenDataset.open(datasets["chat"].path, "val")

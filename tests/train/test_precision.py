@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from minigpt.core.artifact import open_artifact
+from minigpt.core.clock import SystemClock
 from minigpt.core.config import from_mapping
 from minigpt.core.errors import ConfigError
 from minigpt.model.decoder import Decoder
+from minigpt.train import build, precision
 from minigpt.train.config import OptimizerConfig, TrainConfig
 from minigpt.train.optimizer import Optimizer
 from minigpt.train.precision import LossScale, check_offload, check_precision, product_dtype
+from minigpt.train.run import read_final, train
 from minigpt.train.step import NonFiniteError, StepOptions, TrainStep
 from minigpt.train.verify_parallel import make_batch
 
@@ -101,3 +108,49 @@ def test_a_nan_that_no_scale_mends_is_reported(small_decoder: Decoder) -> None:
         model.output_weight[7, 3] = float("nan")
     with pytest.raises(NonFiniteError):
         _float16_step(model).run([make_batch(model.config, 0)], 1.0)
+
+
+class _Dying(SystemClock):
+    """Interrupts the run within the step after `steps` are logged."""
+
+    def __init__(self, run_dir: Path, steps: int) -> None:
+        self._path, self._steps = run_dir / "metrics.jsonl", steps
+
+    def monotonic(self) -> float:
+        if self._path.exists() and self._path.read_text().count('"train"') >= self._steps:
+            raise KeyboardInterrupt
+        return super().monotonic()
+
+
+def test_a_float16_run_resumes_to_the_bit_with_its_loss_scale(
+    make_config: Callable[..., TrainConfig],
+    tiny_dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Refused on a CPU for its speed alone, which is enough here.
+    monkeypatch.setattr(build, "check_precision", lambda precision, device: None)
+    monkeypatch.setattr(precision, "_GROW_AFTER", 3)  # so that the scale moves by what it counts
+    config = make_config(
+        precision="float16",
+        steps=5,
+        batch={"sequence_length": 32, "tokens_per_step": 64, "micro_batch_size": 1},
+        checkpoint={"every": 2},
+    )
+    dataset = open_artifact(tiny_dataset)
+    train(config, dataset, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, dataset, tmp_path / "broken", clock=_Dying(tmp_path / "broken", 3))
+    saved = tmp_path / "broken/checkpoints/step-00000002/state.json"
+    assert json.loads(saved.read_bytes())["state"]["loss_scale"] == {"scale": 2.0**16, "steps": 2}
+    train(config, dataset, tmp_path / "broken")
+    finals = [read_final(tmp_path / name) for name in ("whole", "broken")]
+    for key in ("losses", "weights_sha256"):
+        assert finals[0][key] == finals[1][key]
+    last = "checkpoints/step-00000005/state.json"
+    scales = [
+        json.loads((tmp_path / name / last).read_bytes())["state"]["loss_scale"]
+        for name in ("whole", "broken")
+    ]
+    # Forgotten, it would have grown in the last step.
+    assert scales == [{"scale": 2.0**17, "steps": 2}] * 2

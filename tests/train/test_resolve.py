@@ -203,10 +203,12 @@ def test_overrides_mirror_the_model_config() -> None:
             assert ModelOverrides.model_fields[name].default == info.default, name
 
 
-def test_experts_are_never_compiled() -> None:
+def test_layers_with_experts_are_compiled_only_if_asked_for() -> None:
     experts = {"num_experts": 4, "expert_intermediate_size": 96}
     resolved = resolve(_config(minutes=5, model=experts), FACTS)
     assert resolved.config.compile is False
     assert resolved.model.num_experts == 4
-    with pytest.raises(ConfigError, match=r"compile = true with model\.num_experts = 4"):
-        resolve(_config(compile=True, steps=10, model=experts), FACTS)
+    assert resolve(_config(compile=True, steps=10, model=experts), FACTS).config.compile is True
+    split = {"pp": 2, "schedule": "zero-bubble"}
+    with pytest.raises(ConfigError, match=r"compile = true with mesh\.schedule = zero-bubble"):
+        resolve(_config(compile=True, steps=10, mesh=split), FACTS)

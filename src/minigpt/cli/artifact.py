@@ -53,12 +53,16 @@ def export_weights_command(
         str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's directory or URL.")
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="Where the model goes.")],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Of adapters: the model they are for, where it has moved."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint's weights as a model; also while its run goes on."""
+    """Write a checkpoint's weights as a model; also while its run goes on. Adapters are merged."""
     from minigpt.train.export_weights import export_weights
 
-    model = export_weights(checkpoint, out)
+    model = export_weights(checkpoint, out, base=base)
     size = sum(entry.size for entry in model.manifest.files.values())
     emit(
         {"model": model.uri, "id": model.id, "bytes": size, "checkpoint": checkpoint},

@@ -221,6 +221,17 @@ def save_adapter(directory: Path, model: nn.Module, config: LoraConfig, base: st
     Raises:
         StorageError: A full disk, no permission.
     """
+    tensors = {
+        f"{_PREFIX}{name}": tensor.detach().cpu().contiguous()
+        for name, tensor in trained_state(model).items()
+    }
+    with storage_errors(f"write {directory}"):
+        write_file(directory / WEIGHTS, tensors)
+        (directory / CONFIG).write_text(render_config(config, base))
+
+
+def render_config(config: LoraConfig, base: str) -> str:
+    """Return the text of an `adapter_config.json`: what adapters are, and of which base model."""
     tree = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -233,13 +244,7 @@ def save_adapter(directory: Path, model: nn.Module, config: LoraConfig, base: st
         "init_lora_weights": True,
         **_PLAIN,
     }
-    tensors = {
-        f"{_PREFIX}{name}": tensor.detach().cpu().contiguous()
-        for name, tensor in trained_state(model).items()
-    }
-    with storage_errors(f"write {directory}"):
-        write_file(directory / WEIGHTS, tensors)
-        (directory / CONFIG).write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n")
+    return json.dumps(tree, indent=2, sort_keys=True) + "\n"
 
 
 def load_adapter(directory: Path) -> Adapter:
@@ -248,6 +253,18 @@ def load_adapter(directory: Path) -> Adapter:
     Raises:
         ModelError: No adapter there, or one of a kind that is not plain LoRA on the decoder's
             projections; the message names the setting.
+    """
+    config, base = load_adapter_config(directory)
+    stored = read_tensors([directory / WEIGHTS], "cpu")
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
+    return Adapter(config, tensors, base)
+
+
+def load_adapter_config(directory: Path) -> tuple[LoraConfig, str]:
+    """Read a directory's `adapter_config.json` alone: the adapters, and where their base was.
+
+    Raises:
+        ModelError: As of `load_adapter`.
     """
     try:
         tree: dict[str, Any] = json.loads((directory / CONFIG).read_bytes())
@@ -279,9 +296,7 @@ def load_adapter(directory: Path) -> Adapter:
         )
     except ConfigError as error:
         raise ModelError(f"{directory / CONFIG}: {error}") from None
-    stored = read_tensors([directory / WEIGHTS], "cpu")
-    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items()}
-    return Adapter(config, tensors, str(tree.get("base_model_name_or_path") or ""))
+    return config, str(tree.get("base_model_name_or_path") or "")
 
 
 def _is_adapter(name: str) -> bool:

@@ -56,6 +56,8 @@ class TrainState:
     best_bits_per_byte: float | None = None
     loss: float | None = None
     """Loss of the last step, nats per token."""
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    """Of float16, see `train.precision.LossScale`; {} with any other precision."""
     dataset_sha256: str = ""
     """Fingerprint of the dataset's files."""
     environment: dict[str, Any] = field(default_factory=dict)

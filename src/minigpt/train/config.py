@@ -266,12 +266,6 @@ class MeshConfig(Config):
                 f"mesh.virtual_stages = {self.virtual_stages} with mesh.schedule = "
                 f"{self.schedule}: several stages a rank need interleaved or zero-bubble"
             )
-        if self.schedule == "zero-bubble" and self.pp > 1 and self.fsdp > 1:
-            raise ValueError(
-                f"mesh.schedule = zero-bubble with mesh.fsdp = {self.fsdp}: torch's split backward "
-                "pass does not find the weights that FSDP has replaced by their shards; take "
-                "mesh.dp, or another schedule"
-            )
         others = {name: getattr(self, name) for name in ("pp", "fsdp", "ep", "cp", "tp")}
         used = [f"mesh.{name} = {size}" for name, size in others.items() if size > 1]
         if self.reduce == "tree" and used:

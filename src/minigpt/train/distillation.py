@@ -20,6 +20,7 @@ from torch import Tensor
 from minigpt.data.loader import Batch
 from minigpt.model.decoder import Decoder
 from minigpt.train.objective import IGNORED_TARGET, Compute
+from minigpt.train.vocab_parallel import WHOLE_VOCABULARY, VocabularyPart, local_vocabulary
 
 Divergence = Literal["forward-kl", "reverse-kl", "jsd"]
 
@@ -50,13 +51,16 @@ class DistillationObjective:
         """Sum the mixed loss, nats."""
         with torch.no_grad():
             teacher_hidden = compute.hidden(self._teacher, batch).flatten(0, 1)
-        hidden = compute.hidden(model, batch).flatten(0, 1)
+        hidden = compute.hidden(model, batch)
+        tokens, weight, part = local_vocabulary(hidden, model.output_weight)
+        teacher_weight = self._teacher.output_weight[part.start : part.start + len(weight)]
         return distillation_sum(
-            hidden,
-            model.output_weight,
+            tokens,
+            weight,
             teacher_hidden,
-            self._teacher.output_weight,
-            batch.targets.to(hidden.device, non_blocking=True).flatten(),
+            teacher_weight,
+            compute.own(batch.targets.to(hidden.device, non_blocking=True)).flatten(),
+            part,
             divergence=self._divergence,
             temperature=self._temperature,
             mix=self._weight,
@@ -75,6 +79,7 @@ def distillation_sum(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     targets: Tensor,
+    part: VocabularyPart = WHOLE_VOCABULARY,
     *,
     divergence: Divergence,
     temperature: float,
@@ -86,10 +91,11 @@ def distillation_sum(
 
     Args:
         hidden: (N, C) the student's final hidden states.
-        output_weight: (V, C).
+        output_weight: (V, C), or this rank's rows of it.
         teacher_hidden: (N, D) the teacher's; no gradient flows to it.
-        teacher_weight: (V, D), the same V.
+        teacher_weight: (V, D), the same rows.
         targets: (N,) token ids, `IGNORED_TARGET` where nothing counts.
+        part: Which rows those are.
         divergence: Between teacher and student.
         temperature: Divides both models' logits, in the divergence alone.
         mix: Weight of the divergence; 1 - mix is the cross-entropy's.
@@ -97,7 +103,8 @@ def distillation_sum(
         dtype: Of the matrix products; None is that of `output_weight`.
 
     Returns:
-        Scalar, differentiable once with respect to `hidden` and `output_weight`.
+        Scalar, differentiable once with respect to `hidden` and `output_weight`; the same on all
+        ranks that share the vocabulary.
     """
     accurate = torch.promote_types(output_weight.dtype, torch.float32)
     gap = _GAPS[divergence]
@@ -105,7 +112,7 @@ def distillation_sum(
     def chunk(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
         product = teacher_hidden[rows].to(compute_dtype) @ teacher_product.T
         return _chunk(
-            logits.to(accurate), product.to(accurate), targets[rows], gap, temperature, mix
+            logits.to(accurate), product.to(accurate), targets[rows], part, gap, temperature, mix
         )
 
     compute_dtype = dtype or output_weight.dtype
@@ -157,52 +164,56 @@ class _ChunkedSum(torch.autograd.Function):
         return hidden_grad * loss_grad.to(hidden_grad.dtype), weight_grad, None, None, None
 
 
-Gap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Total = Callable[[Tensor], Tensor]
+"""Adds values of this rank's part of the vocabulary up over all of it, (n, v) to (n,)."""
+Gap = Callable[[Tensor, Tensor, Total], tuple[Tensor, Tensor]]
 
 
 def _chunk(
     student: Tensor,
     teacher: Tensor,
     targets: Tensor,
+    part: VocabularyPart,
     gap: Gap,
     temperature: float,
     mix: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of (n, V) logits and its gradient for the student's."""
-    valid = targets != IGNORED_TARGET
-    labels = torch.where(valid, targets, 0)[:, None]
+    """Return the summed loss of (n, v) logits and its gradient for the student's."""
+    labels, mine = part.find(targets, student.shape[1])
+    labels, mine = labels[:, None], mine[:, None]
     distance, gradient = gap(
-        (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+        part.log_softmax(student / temperature), part.log_softmax(teacher / temperature), part.sum
     )
-    plain = student.log_softmax(-1)
-    entropy = -plain.gather(-1, labels)[:, 0]
-    entropy_grad = plain.exp().scatter_add(-1, labels, -torch.ones_like(labels, dtype=plain.dtype))
+    plain = part.log_softmax(student)
+    entropy = -part.sum(plain.gather(-1, labels) * mine)
+    entropy_grad = plain.exp().scatter_add(-1, labels, -mine.to(plain.dtype))
     loss = mix * temperature**2 * distance + (1 - mix) * entropy
     gradient = mix * temperature * gradient + (1 - mix) * entropy_grad
+    valid = targets != IGNORED_TARGET
     return torch.where(valid, loss, 0.0).sum(), gradient * valid[:, None]
 
 
-def _forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(t || s) of (n, V) log-probabilities, and its gradient for the softened logits."""
+def _forward_kl(student: Tensor, teacher: Tensor, total: Total) -> tuple[Tensor, Tensor]:
+    """KL(t || s) of (n, v) log-probabilities, and its gradient for the softened logits."""
     weights = teacher.exp()
-    return (weights * (teacher - student)).sum(-1), student.exp() - weights
+    return total(weights * (teacher - student)), student.exp() - weights
 
 
-def _reverse_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _reverse_kl(student: Tensor, teacher: Tensor, total: Total) -> tuple[Tensor, Tensor]:
     """KL(s || t), likewise."""
     ratio = student - teacher
     weights = student.exp()
-    distance = (weights * ratio).sum(-1)
+    distance = total(weights * ratio)
     return distance, weights * (ratio - distance[:, None])
 
 
-def _jsd(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _jsd(student: Tensor, teacher: Tensor, total: Total) -> tuple[Tensor, Tensor]:
     """Jensen-Shannon: the mean of both models' KL from their even mixture, likewise."""
     mixture = torch.logaddexp(student, teacher) - math.log(2)
     ratio = student - mixture
     weights = student.exp()
-    own = (weights * ratio).sum(-1)
-    distance = 0.5 * own + 0.5 * (teacher.exp() * (teacher - mixture)).sum(-1)
+    own = total(weights * ratio)
+    distance = 0.5 * own + 0.5 * total(teacher.exp() * (teacher - mixture))
     return distance, 0.5 * weights * (ratio - own[:, None])
 
 

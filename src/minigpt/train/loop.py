@@ -296,6 +296,7 @@ class TrainLoop:
         self.state.tokens += self._tokens_per_step
         self._parts.loader.next_sample = self._samples_before(self.state.step + 1)
         self.state.cursor = self._parts.loader.state()
+        self.state.loss_scale = self._parts.step.state()
         if not skipped:
             self.state.loss = result.loss
 

@@ -29,6 +29,12 @@ class Compute(Protocol):
     """Tokens whose logits exist at once."""
     dtype: torch.dtype
     """Of matrix products."""
+    sharers: int
+    """Ranks that share rows, each with its part; the run's loss is the sum of theirs."""
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """Take of whole rows, (B, T, ...), the part that `hidden` is for."""
+        ...
 
     def hidden(self, model: Decoder, batch: Batch) -> Tensor:
         """Run a model over a batch; return its final hidden states, (B, T, C).
@@ -37,7 +43,7 @@ class Compute(Protocol):
         mesh cuts rows up, they are this rank's part.
 
         Args:
-            model: The trained one, or a frozen one, whole on this rank.
+            model: The trained one, laid over the mesh, or a frozen one, whole on this rank.
             batch: Of whole rows, on the CPU.
         """
         ...
@@ -47,6 +53,14 @@ class Compute(Protocol):
 
         See `cross_entropy_sum`; perhaps compiled, over a vocabulary in shards or a rank's part
         of the rows.
+        """
+        ...
+
+    def row_nll(self, hidden: Tensor, output_weight: Tensor, targets: Tensor) -> Tensor:
+        """Return the negative log-likelihood of each whole row's targets, (B,), nats.
+
+        Arguments as for `cross_entropy_sum`. All sharers get the same, so that each is to
+        return the loss that it makes of it divided by `sharers`.
         """
         ...
 
@@ -174,77 +188,3 @@ def _chunk(
     label_grad = ((label_logits - normalizer).exp() - 1) * valid
     gradient[rows, labels] = label_grad.to(logits.dtype)
     return loss, gradient
-
-
-def token_nll(
-    hidden: Tensor,
-    output_weight: Tensor,
-    targets: Tensor,
-    *,
-    chunk_tokens: int,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Return each target's negative log-likelihood, for losses that are no plain sum of them.
-
-    The logits are formed again in the backward pass, where their weights are known: four matrix
-    products in all. Arguments as for `cross_entropy_sum`.
-
-    Returns:
-        (N,), 0 where there is no target; differentiable once.
-    """
-    nll: Tensor = _ChunkedNLL.apply(  # type: ignore[no-untyped-call]
-        hidden, output_weight, targets, chunk_tokens, dtype or output_weight.dtype
-    )
-    return nll
-
-
-class _ChunkedNLL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        chunk_tokens: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        accurate = torch.promote_types(weight.dtype, torch.float32)
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.chunk_tokens, ctx.dtype = chunk_tokens, dtype
-        valid = targets != IGNORED_TARGET
-        labels = torch.where(valid, targets, 0)
-        with torch.autocast(hidden.device.type, enabled=False):
-            product_weight = weight.to(dtype)
-            parts = []
-            for start in range(0, hidden.shape[0], chunk_tokens):
-                rows = slice(start, start + chunk_tokens)
-                logits = (hidden[rows].to(dtype) @ product_weight.T).to(accurate)
-                label_logits = logits.gather(-1, labels[rows, None])[:, 0]
-                parts.append(torch.logsumexp(logits, dim=-1) - label_logits)
-        return torch.where(valid, torch.cat(parts), 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        hidden, weight, targets = ctx.saved_tensors
-        valid = targets != IGNORED_TARGET
-        labels = torch.where(valid, targets, 0)
-        grad = torch.where(valid, grad, 0.0)
-        product_weight = weight.to(ctx.dtype)
-        hidden_grad = torch.empty_like(hidden)
-        weight_grad = (
-            torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
-        )
-        for start in range(0, hidden.shape[0], ctx.chunk_tokens):
-            rows = slice(start, start + ctx.chunk_tokens)
-            states = hidden[rows].to(ctx.dtype)
-            logits_grad = (states @ product_weight.T).to(grad.dtype).softmax(-1)
-            logits_grad.scatter_add_(
-                -1, labels[rows, None], logits_grad.new_full((len(states), 1), -1.0)
-            )
-            logits_grad = (logits_grad * grad[rows, None]).to(ctx.dtype)
-            hidden_grad[rows] = logits_grad @ product_weight
-            if weight_grad is not None:
-                weight_grad += logits_grad.T @ states
-        if weight_grad is not None:
-            weight_grad = weight_grad.to(weight.dtype)
-        return hidden_grad, weight_grad, None, None, None

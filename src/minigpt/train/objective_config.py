@@ -64,21 +64,18 @@ def check_tuning(config: TrainConfig) -> None:
         ):
             if needs:
                 raise ValueError(f"{name} tunes given weights: set initialize_from")
-    if kind in ("dpo", "distill"):
-        _refuse_axes(
-            config,
-            f"objective.kind = {kind}",
-            ("tp", "cp", "pp", "ep"),
-            "its loss needs whole rows and whole logits of two models on each rank",
+    if kind in ("dpo", "distill") and config.mesh.pp > 1:
+        raise ValueError(
+            f"objective.kind = {kind} with mesh.pp = {config.mesh.pp}: its second model would have "
+            "to pass through the pipeline as well; use another axis of the mesh"
         )
     if not lora.rank:
         return
-    _refuse_axes(
-        config,
-        f"lora.rank = {lora.rank}",
-        ("tp", "pp", "ep"),
-        "an adapter lies beside a whole projection",
-    )
+    if lora.dropout and config.mesh.tp > 1:
+        raise ValueError(
+            f"lora.dropout = {lora.dropout} with mesh.tp = {config.mesh.tp}: ranks that share a "
+            "projection would drop different inputs; set lora.dropout to 0"
+        )
     if config.precision == "float8":
         raise ValueError(
             f"lora.rank = {lora.rank} with precision = float8: the frozen weights would be "
@@ -89,12 +86,3 @@ def check_tuning(config: TrainConfig) -> None:
             f"lora.dropout = {lora.dropout} with memory.checkpoint = {config.memory.checkpoint}: "
             "what is computed again would drop other inputs; set one of them to its default"
         )
-
-
-def _refuse_axes(config: TrainConfig, name: str, axes: tuple[str, ...], reason: str) -> None:
-    for axis in axes:
-        if getattr(config.mesh, axis) > 1:
-            raise ValueError(
-                f"{name} with mesh.{axis} = {getattr(config.mesh, axis)}: {reason}; "
-                "use mesh.dp or mesh.fsdp"
-            )

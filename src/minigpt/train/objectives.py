@@ -13,6 +13,7 @@ from minigpt.model.weights import LoadedModel
 from minigpt.train.config import TrainConfig
 from minigpt.train.distillation import DistillationObjective
 from minigpt.train.objective import NextToken, Objective
+from minigpt.train.passes import keep_experts_uncompiled
 from minigpt.train.preference import AdaptersOff, FrozenCopy, PreferenceObjective
 
 _CONTENTS: dict[str, tuple[Content, ...]] = {
@@ -75,7 +76,7 @@ def make_objective(
     chosen = config.objective
     if chosen.kind == "dpo":
         assert initial is not None
-        reference = AdaptersOff() if config.lora.rank else FrozenCopy(_copy(initial, config.device))
+        reference = AdaptersOff() if config.lora.rank else FrozenCopy(_copy(initial, config))
         return PreferenceObjective(
             reference, beta=chosen.beta, label_smoothing=chosen.label_smoothing
         )
@@ -88,7 +89,7 @@ def make_objective(
                 remedy="set model.vocab_size to the teacher's",
             )
         return DistillationObjective(
-            _copy(teacher, config.device),
+            _copy(teacher, config),
             divergence=chosen.divergence,
             temperature=chosen.temperature,
             weight=chosen.distill_weight,
@@ -96,6 +97,9 @@ def make_objective(
     return NextToken()
 
 
-def _copy(loaded: LoadedModel, device: str) -> Decoder:
+def _copy(loaded: LoadedModel, config: TrainConfig) -> Decoder:
     """Return a loaded model with tensors of its own: mapped ones would change the bits."""
-    return copy.deepcopy(loaded.model).to(device)
+    copied = copy.deepcopy(loaded.model).to(config.device)
+    if config.compile is True:
+        keep_experts_uncompiled(copied)
+    return copied

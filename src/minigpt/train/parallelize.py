@@ -151,6 +151,9 @@ def _shard(
     # Inputs are not cast: the residual stream stays as wide as in one process, autocast rules.
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=own, cast_forward_inputs=False)
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    # A split backward pass adds up a weight's gradients in the type that the weight is gathered in.
+    splits_backward = config.pp > 1 and config.schedule == "zero-bubble"
+    inner = whole if dtype == own or splits_backward else mixed
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     reshard = config.reshard == "zero3"
     for layer in model.model.layers.children():
@@ -158,7 +161,7 @@ def _shard(
             layer,
             mesh=mesh,
             reshard_after_forward=reshard,
-            mp_policy=mixed if dtype != own else whole,
+            mp_policy=inner,
             offload_policy=policy,
         )
     # Embedding, head and last norm: the loss reads the head after the forward pass has ended.

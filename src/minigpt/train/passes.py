@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor import DTensor
 
 from minigpt.data.loader import Batch
 from minigpt.model.decoder import Decoder, Runner, call
+from minigpt.model.moe import MixtureOfExperts
 from minigpt.train.activation import with_checkpoints
 from minigpt.train.config import MemoryConfig
 from minigpt.train.context_parallel import choose_attention, own_columns
@@ -22,8 +24,9 @@ from minigpt.train.mesh import LOSS_AXES
 from minigpt.train.objective import Objective, cross_entropy_sum
 from minigpt.train.parallelize import Spread
 from minigpt.train.pipeline_parallel import LossSum
+from minigpt.train.token_likelihood import token_nll
 from minigpt.train.tree import TreeSum, butterfly_sum
-from minigpt.train.vocab_parallel import vocab_parallel_cross_entropy_sum
+from minigpt.train.vocab_parallel import local_vocabulary, vocab_parallel_cross_entropy_sum
 
 
 class Passes(Protocol):
@@ -84,6 +87,7 @@ class LocalPasses:
         self._device, self._weight_dtype = parameter.device, parameter.dtype
         self._run = layer_runner(spread.model.config.num_layers, memory, compile=compile)
         self._token_loss_sum = token_loss(chunk_tokens, dtype, compile=compile)
+        self.sharers = spread.mesh.size("cp")
 
     def run(
         self, batches: Sequence[Batch], divisor: float, should_stop: Callable[[], bool]
@@ -113,7 +117,7 @@ class LocalPasses:
         tokens, positions, documents = (t.to(self._device, non_blocking=True) for t in tensors)
         context, dtype = self._spread.mesh.group("cp"), self.dtype
         attention = choose_attention(documents, model.config.sliding_window, context)
-        tokens, positions = self._own(tokens), self._own(positions)
+        tokens, positions = self.own(tokens), self.own(positions)
         # A wrapper awaits a backward pass: what is frozen or not to be differentiated has none.
         learns = model is self._spread.model and torch.is_grad_enabled()
         forward = self._spread.call if learns else model
@@ -123,10 +127,21 @@ class LocalPasses:
 
     def cross_entropy_sum(self, hidden: Tensor, output_weight: Tensor, targets: Tensor) -> Tensor:
         """See `train.objective.Compute`."""
-        return self._token_loss_sum(hidden, output_weight, self._own(targets))
+        return self._token_loss_sum(hidden, output_weight, self.own(targets))
 
-    def _own(self, tensor: Tensor) -> Tensor:
-        """Take this rank's part of whole rows."""
+    def row_nll(self, hidden: Tensor, output_weight: Tensor, targets: Tensor) -> Tensor:
+        """See `train.objective.Compute`."""
+        own = self.own(targets)
+        states, weight, part = local_vocabulary(hidden, output_weight)
+        nll = token_nll(
+            states, weight, own.flatten(), part, chunk_tokens=self.chunk_tokens, dtype=self.dtype
+        )
+        sums = nll.view_as(own).sum(-1)
+        context = self._spread.mesh.group("cp")
+        return sums if context is None else all_reduce(sums, group=context)  # type: ignore[no-untyped-call]
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """See `train.objective.Compute`."""
         mesh = self._spread.mesh
         return own_columns(tensor, mesh.rank("cp"), mesh.size("cp"))
 
@@ -164,6 +179,16 @@ def layer_runner(num_layers: int, memory: MemoryConfig, *, compile: bool) -> Run
     return with_checkpoints(run, memory, num_layers)
 
 
+def keep_experts_uncompiled(model: nn.Module) -> None:
+    """Let compiled layers call their mixtures of experts as they are.
+
+    How many tokens an expert gets changes with each batch, and compiled code is for fixed shapes.
+    """
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign, no-untyped-call]
+
+
 def token_loss(chunk_tokens: int, dtype: torch.dtype, *, compile: bool) -> LossSum:
     """Return the summed cross-entropy, of a whole or a spread vocabulary.
 
@@ -186,7 +211,7 @@ def token_loss(chunk_tokens: int, dtype: torch.dtype, *, compile: bool) -> LossS
     return loss_sum
 
 
-def _taken_gradient(parameter: torch.nn.Parameter) -> Tensor:
+def _taken_gradient(parameter: nn.Parameter) -> Tensor:
     gradient = parameter.grad
     assert gradient is not None, "a parameter that the loss does not depend on"
     parameter.grad = None

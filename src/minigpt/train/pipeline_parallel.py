@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
@@ -261,7 +262,7 @@ class PipelinePasses:
         count = self._size * self._mesh.config.virtual_stages
         numbers = range(self._rank, count, self._size)
         return [
-            PipelineStage(
+            _TorchStage(
                 stage,
                 number,
                 count,
@@ -286,6 +287,8 @@ class PipelinePasses:
         embedding = self._cut.held.model.embed_tokens
         assert embedding is not None
         gradient = embedding.weight.grad
+        if not embedding.weight.requires_grad:  # frozen, beside adapters
+            return
         assert gradient is not None
         own = _local(gradient)
         other = torch.empty_like(own)
@@ -297,6 +300,25 @@ class PipelinePasses:
         for work in dist.batch_isend_irecv(exchange):
             work.wait()
         own += other  # a + b and b + a are the same bits
+
+
+class _TorchStage(PipelineStage):
+    """Torch's stage, whose split backward pass finds weights that FSDP shards."""
+
+    def backward_maybe_with_nosync(
+        self, backward_type: str, *arguments: Any, **keywords: Any
+    ) -> Any:
+        """Gather the weights first where the backward pass is split.
+
+        Torch looks the stage's parameters up before it enters autograd, whose hooks would gather
+        them: it would find the shards (zero3), which no graph leads to, and leave the weights
+        without a gradient.
+        """
+        if backward_type != "full":
+            for module in self.submod.modules():
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+        return super().backward_maybe_with_nosync(backward_type, *arguments, **keywords)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from minigpt.data.loader import Batch
 from minigpt.model.decoder import Decoder
 from minigpt.model.lora import adapters_off
-from minigpt.train.objective import IGNORED_TARGET, Compute, token_nll
+from minigpt.train.objective import IGNORED_TARGET, Compute
 
 
 class Reference(Protocol):
@@ -83,7 +83,8 @@ class PreferenceObjective:
         found = margins.detach()[counted]
         self._sums["margin"] += float(found.sum())
         self._sums["accuracy"] += float((found > 0).sum())
-        return preference_losses(margins, self.label_smoothing)[counted].sum()
+        losses = preference_losses(margins, self.label_smoothing)[counted]
+        return losses.sum() / compute.sharers
 
     def take_sums(self) -> Mapping[str, float]:
         """Return the sum of the margins, and how many pairs have a positive one."""
@@ -114,11 +115,4 @@ def _log_likelihoods(model: Decoder, batch: Batch, compute: Compute) -> Tensor:
     """Return the log-likelihood of each row's targets, (B,), nats."""
     hidden = compute.hidden(model, batch)
     targets = batch.targets.to(hidden.device, non_blocking=True)
-    nll = token_nll(
-        hidden.flatten(0, 1),
-        model.output_weight,
-        targets.flatten(),
-        chunk_tokens=compute.chunk_tokens,
-        dtype=compute.dtype,
-    )
-    return -nll.view_as(targets).sum(-1)
+    return -compute.row_nll(hidden, model.output_weight, targets)

@@ -30,6 +30,7 @@ def restore(
     Without a checkpoint begin at step 0, which `parts` must be at.
     """
     state = _load(config, parts, sources, outputs, world)
+    parts.step.load_state(state.loss_scale)
     done = {"train": state.step, "validation": state.validated_step, "checkpoint": state.step}
 
     def keep(line: Mapping[str, Any]) -> bool:

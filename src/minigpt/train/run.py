@@ -326,7 +326,7 @@ def _open_outputs(config: TrainConfig, parts: Build, sources: Sources, session: 
         config.checkpoint.url or run_dir / CHECKPOINT_DIRECTORY,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
-        model_files=model_files(parts.model.config, sources.train.tokenizer_dir),
+        model_files=model_files(parts.model.config, sources.train.tokenizer_dir, config),
     )
     metrics, events = run_dir / METRICS_FILE, run_dir / EVENTS_FILE
     if not world.is_first:

@@ -19,7 +19,13 @@ from minigpt.train.mesh import AXES, DATA_AXES
 from minigpt.train.objective import NextToken, Objective
 from minigpt.train.optimizer import Optimizer
 from minigpt.train.parallelize import Spread, alone
-from minigpt.train.passes import LocalPasses, Passes, layer_runner, token_loss
+from minigpt.train.passes import (
+    LocalPasses,
+    Passes,
+    keep_experts_uncompiled,
+    layer_runner,
+    token_loss,
+)
 from minigpt.train.pipeline_parallel import PipelinePasses, Stage
 from minigpt.train.precision import LossScale
 
@@ -69,6 +75,8 @@ def make_passes(spread: Spread, options: StepOptions, objective: Objective | Non
         objective: What to minimise; None is next-token cross-entropy, a pipeline's only one.
     """
     objective = objective or NextToken()
+    if options.compile:
+        keep_experts_uncompiled(spread.model)
     if spread.cut is not None:
         assert isinstance(objective, NextToken)
         num_layers = spread.model.config.num_layers
@@ -187,6 +195,17 @@ class TrainStep:
         balance_experts(self._model, self._options.router_bias_rate, self._mesh)
         if self.loss_scale is not None:
             self.loss_scale.succeeded()
+
+    def state(self) -> dict[str, float]:
+        """Return what a resumed run needs besides weights and optimizer: the loss scale."""
+        return {} if self.loss_scale is None else self.loss_scale.state()
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        """Go on from a `state()`; from {} as at the beginning."""
+        if self.loss_scale is not None:
+            self.loss_scale = LossScale()
+            if state:
+                self.loss_scale.load_state(state)
 
     def discard(self) -> None:
         """Drop the gradient."""

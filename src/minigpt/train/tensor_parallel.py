@@ -3,7 +3,8 @@
 Projections are cut by heads and by inner width (https://arxiv.org/abs/1909.08053); between them
 the residual stream is cut along the sequence, so that norms and sums are not done twice
 (https://arxiv.org/abs/2205.05198). The embedding, tied or not, and the head are cut along the
-vocabulary; `train.vocab_parallel` computes the loss from them.
+vocabulary; `train.vocab_parallel` computes the loss from them. An adapter is cut as the projection
+that it lies beside.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -23,6 +31,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from minigpt.model.decoder import Decoder
+from minigpt.model.lora import LoraLinear
 from minigpt.model.moe import MixtureOfExperts
 
 _SEQUENCE, _HEADS = 1, 2
@@ -41,6 +50,7 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
         mesh: One axis.
     """
     trunk = model.model
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     sequence = SequenceParallel(sequence_dim=_SEQUENCE, use_local_output=True)
     plan: dict[str, ParallelStyle] = {
         "embed_tokens": RowwiseParallel(
@@ -54,11 +64,15 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     for layer in trunk.layers:
         parallelize_module(layer, mesh, _layer_plan(layer, sequence))
     if model.lm_head is not None:
-        _replace(model.lm_head, "weight", mesh)
+        # The loss reads it, no forward of its module.
+        _replace(model.lm_head, "weight", mesh, Shard(0))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)  # torch's sequence parallel style forgets it
 
 
 def _layer_plan(layer: nn.Module, sequence: SequenceParallel) -> dict[str, ParallelStyle]:
-    split, merge = ColwiseParallel(), RowwiseParallel(output_layouts=Shard(_SEQUENCE))
+    split = _Adapted(ColwiseParallel(), Replicate(), Shard(0))
+    merge = _Adapted(RowwiseParallel(output_layouts=Shard(_SEQUENCE)), Shard(1), Replicate())
     heads = SequenceParallel(sequence_dim=_HEADS, use_local_output=True)
     # Gathered once for all projections that read it.
     gather_attention = PrepareModuleInput(
@@ -90,6 +104,32 @@ def _layer_plan(layer: nn.Module, sequence: SequenceParallel) -> dict[str, Paral
     return {name: style for name, style in plan.items() if name in known}
 
 
+class _Adapted(ParallelStyle):
+    """A projection's style, and how its adapter, if it has one, is cut.
+
+    Args:
+        style: The projection's.
+        down: Of the adapter's A, which reads what the projection reads.
+        up: Of its B, which writes what the projection writes.
+    """
+
+    def __init__(self, style: ParallelStyle, down: Placement, up: Placement) -> None:
+        super().__init__()
+        self._style, self._down, self._up = style, down, up
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, LoraLinear):
+            return self._style._apply(module, device_mesh)
+        # Aside meanwhile: torch's styles would cut it as if it were part of the projection.
+        down, up = module.lora_A, module.lora_B
+        del module.lora_A, module.lora_B
+        self._style._apply(module, device_mesh)
+        module.lora_A, module.lora_B = down, up
+        _replace(down, "weight", device_mesh, self._down)
+        _replace(up, "weight", device_mesh, self._up)
+        return module
+
+
 class _SequenceEmbedding(ParallelStyle):
     """A replicated lookup of which each rank does its part of the sequence."""
 
@@ -111,7 +151,7 @@ def _to_local(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
     return output.to_local()
 
 
-def _replace(owner: nn.Module, name: str, mesh: DeviceMesh) -> None:
-    """Cut a parameter along its rows; the loss reads it, no forward of its module."""
+def _replace(owner: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
     parameter = getattr(owner, name)
-    owner.register_parameter(name, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)])))
+    laid = distribute_tensor(parameter.detach(), mesh, [placement])
+    owner.register_parameter(name, nn.Parameter(laid, parameter.requires_grad))

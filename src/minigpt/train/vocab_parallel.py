@@ -7,6 +7,7 @@ is two numbers each, never a row of logits (https://arxiv.org/abs/1909.08053, se
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,21 +38,78 @@ def vocab_parallel_cross_entropy_sum(
     Returns:
         Scalar, differentiable once with respect to `hidden` and `output_weight`.
     """
+    tokens, weight, part = local_vocabulary(hidden, output_weight)
+    loss: Tensor = _VocabParallelCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        tokens, weight, targets.flatten(), chunk_tokens, dtype or weight.dtype, part
+    )
+    return loss
+
+
+@dataclass(frozen=True)
+class VocabularyPart:
+    """The tokens of the vocabulary that this rank scores, and sums over all ranks' parts."""
+
+    group: dist.ProcessGroup | None = None
+    """The ranks among which the vocabulary is spread, None where this one has all of it."""
+    start: int = 0
+    """The first of its tokens."""
+
+    def find(self, targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Return (N,) labels within a part of `size` tokens, 0 where none, and which are in it."""
+        labels = targets - self.start
+        mine = (targets != IGNORED_TARGET) & (labels >= 0) & (labels < size)
+        return torch.where(mine, labels, 0), mine
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add (N, part) values up over the whole vocabulary, (N,)."""
+        found = values.sum(-1)
+        if self.group is not None:
+            dist.all_reduce(found, group=self.group)
+        return found
+
+    def logsumexp(self, logits: Tensor) -> Tensor:
+        """Return the normalizer of (N, part) logits over the whole vocabulary, (N,)."""
+        found = logits.logsumexp(-1)
+        if self.group is None:
+            return found
+        parts = [torch.empty_like(found) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, found, group=self.group)
+        return torch.stack(parts).logsumexp(0)
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """Normalize (N, part) logits over the whole vocabulary."""
+        if self.group is None:
+            return logits.log_softmax(-1)
+        return logits - self.logsumexp(logits)[:, None]
+
+
+WHOLE_VOCABULARY = VocabularyPart()
+
+
+def local_vocabulary(
+    hidden: Tensor, output_weight: Tensor
+) -> tuple[Tensor, Tensor, VocabularyPart]:
+    """Return what this rank scores: all tokens, against its own rows of the output projection.
+
+    Args:
+        hidden: (B, T, C) final hidden states; this rank's part of T where the projection's rows
+            are spread over ranks.
+        output_weight: (V, C), a DTensor where it is spread.
+
+    Returns:
+        (N, C) states of all tokens, each rank's gradient of which is its share; (V / ranks, C)
+        rows; and which those are.
+    """
+    if not isinstance(output_weight, DTensor):
+        return hidden.flatten(0, 1), output_weight, WHOLE_VOCABULARY
     mesh = output_weight.device_mesh
     assert output_weight.placements == (Shard(0),), output_weight.placements
     # Every rank needs all tokens, and adds its share to the gradient of each.
     whole = DTensor.from_local(hidden, mesh, [Shard(1)], run_check=False)
     tokens = whole.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     weight = output_weight.to_local()
-    loss: Tensor = _VocabParallelCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        tokens.flatten(0, 1),
-        weight,
-        targets.flatten(),
-        chunk_tokens,
-        dtype or weight.dtype,
-        mesh.get_group(),
-    )
-    return loss
+    part = VocabularyPart(mesh.get_group(), mesh.get_local_rank() * len(weight))
+    return tokens.flatten(0, 1), weight, part
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -63,26 +121,28 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         chunk_tokens: int,
         dtype: torch.dtype,
-        group: dist.ProcessGroup,
+        part: VocabularyPart,
     ) -> Tensor:
         accurate = torch.promote_types(weight.dtype, torch.float32)
         needs_gradient = any(ctx.needs_input_grad)
+        trains_weight = ctx.needs_input_grad[1]  # frozen under adapters
         with torch.autocast(hidden.device.type, enabled=False):
             product_weight = weight.to(dtype)
             loss = torch.zeros((), dtype=accurate, device=hidden.device)
             hidden_grad = torch.empty_like(hidden) if needs_gradient else None
-            weight_grad = torch.zeros_like(weight, dtype=accurate) if needs_gradient else None
+            weight_grad = torch.zeros_like(weight, dtype=accurate) if trains_weight else None
             for start in range(0, hidden.shape[0], chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 states = hidden[rows].to(dtype)
                 chunk_loss, logits_grad = _chunk(
-                    states, product_weight, targets[rows], accurate, group
+                    states, product_weight, targets[rows], accurate, part
                 )
                 loss = loss + chunk_loss
-                if hidden_grad is not None and weight_grad is not None:
+                if hidden_grad is not None:
                     logits_grad = logits_grad.to(dtype)
                     hidden_grad[rows] = logits_grad @ product_weight
-                    weight_grad += logits_grad.T @ states
+                    if weight_grad is not None:
+                        weight_grad += logits_grad.T @ states
         if needs_gradient:
             ctx.save_for_backward(hidden_grad, weight_grad)
             ctx.weight_dtype = weight.dtype
@@ -91,11 +151,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        return (
-            hidden_grad * loss_grad.to(hidden_grad.dtype),
-            (weight_grad * loss_grad).to(ctx.weight_dtype),
-            *(None,) * 4,
-        )
+        if weight_grad is not None:
+            weight_grad = (weight_grad * loss_grad).to(ctx.weight_dtype)
+        return hidden_grad * loss_grad.to(hidden_grad.dtype), weight_grad, *(None,) * 4
 
 
 def _chunk(
@@ -103,20 +161,18 @@ def _chunk(
     weight: Tensor,
     targets: Tensor,
     accurate: torch.dtype,
-    group: dist.ProcessGroup,
+    part: VocabularyPart,
 ) -> tuple[Tensor, Tensor]:
     """Return one chunk's summed loss and its gradient with respect to this rank's logits."""
     valid = targets != IGNORED_TARGET
-    labels = targets - dist.get_rank(group) * weight.shape[0]
-    mine = valid & (labels >= 0) & (labels < weight.shape[0])
-    labels = torch.where(mine, labels, 0)
+    labels, mine = part.find(targets, len(weight))
     wide = (states @ weight.T).to(accurate)
     label_logits = (states.to(accurate) * weight[labels].to(accurate)).sum(-1)
     label_logits = torch.where(mine, label_logits, 0.0)
     # One exchange: each rank's normalizer and its share of the label's logit.
     found = torch.stack([torch.logsumexp(wide, dim=-1), label_logits])
-    parts = [torch.empty_like(found) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, found, group=group)
+    parts = [torch.empty_like(found) for _ in range(dist.get_world_size(part.group))]
+    dist.all_gather(parts, found, group=part.group)
     together = torch.stack(parts)  # (ranks, 2, N)
     normalizer = torch.logsumexp(together[:, 0], dim=0)
     loss = torch.where(valid, normalizer - together[:, 1].sum(0), 0.0).sum()
