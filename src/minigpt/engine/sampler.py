@@ -1,4 +1,8 @@
-"""Choose the next tokens from logits; random numbers depend on (seed, index, position) alone."""
+"""Choose the next tokens from logits; random numbers depend on (seed, index, position) alone.
+
+Order, for each row: what `penalties.shape` does; temperature; min-p; top-k; top-p over what is
+left; one draw. Log-probabilities are the model's own, before all of it.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,12 @@ import hashlib
 import math
 import struct
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from minigpt.engine.choice import Sampled
+from minigpt.engine.penalties import shape
 from minigpt.engine.sequence import Sequence
 
 GREEDY_BELOW = 1e-5
@@ -18,16 +23,6 @@ GREEDY_BELOW = 1e-5
 
 _NUCLEUS_CANDIDATES = 1024
 """Tokens among which a top-p set is first sought: finding them costs far less than a sort."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A chosen token, and where asked for, log-probabilities at temperature 1."""
-
-    token_id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    """(token id, log-probability) of the likeliest tokens, best first."""
 
 
 def uniform(seed: int, index: int, position: int) -> float:
@@ -59,15 +54,14 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled | No
     assert logits.dtype is torch.float32
     assert logits.shape[0] == len(sequences)
     finite = logits.sum(dim=-1).isfinite().tolist()
-    tokens = logits.argmax(dim=-1)
-    random_rows = [
-        row
-        for row, sequence in enumerate(sequences)
-        if finite[row] and sequence.sampling.temperature >= GREEDY_BELOW
-    ]
-    if random_rows:
-        chosen = _draw(logits[random_rows], [sequences[row] for row in random_rows])
-        tokens[random_rows] = chosen
+    shaped = [row for row, s in enumerate(sequences) if s.shaping is not None and finite[row]]
+    plain = [good and s.shaping is None for good, s in zip(finite, sequences, strict=True)]
+    tokens = _choose(logits, sequences, plain)
+    if shaped:
+        theirs = [sequences[row] for row in shaped]
+        copies = logits[shaped]
+        shape(copies, theirs)
+        tokens[shaped] = _choose(copies, theirs, [True] * len(shaped))
     sampled: list[Sampled | None] = [
         Sampled(token) if good else None
         for token, good in zip(tokens.tolist(), finite, strict=True)
@@ -76,10 +70,25 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled | No
     return sampled
 
 
+def _choose(logits: Tensor, sequences: SequenceOf[Sequence], usable: SequenceOf[bool]) -> Tensor:
+    """Return a token a row, the likeliest or a drawn one; of rows not usable any."""
+    tokens = logits.argmax(dim=-1)
+    random_rows = [
+        row
+        for row, sequence in enumerate(sequences)
+        if usable[row] and sequence.sampling.temperature >= GREEDY_BELOW
+    ]
+    if random_rows:
+        chosen = _draw(logits[random_rows], [sequences[row] for row in random_rows])
+        tokens[random_rows] = chosen
+    return tokens
+
+
 def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
     """Sample a token a row by the inverse of the cumulative distribution."""
     temperatures = [s.sampling.temperature for s in sequences]
     logits = logits / logits.new_tensor(temperatures).unsqueeze(-1)
+    logits = _keep_min_p(logits, [s.sampling.min_p for s in sequences])
     logits = _keep_top_k(logits, [s.sampling.top_k for s in sequences])
     probabilities = logits.softmax(dim=-1)
     probabilities = _keep_top_p(probabilities, [s.sampling.top_p for s in sequences])
@@ -92,6 +101,14 @@ def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
         total.nextafter(torch.zeros_like(total)),
     )
     return torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)
+
+
+def _keep_min_p(logits: Tensor, min_p: SequenceOf[float]) -> Tensor:
+    """Set to -inf what is less likely than `min_p[row]` times the likeliest (arXiv 2407.01082)."""
+    if not any(min_p):
+        return logits
+    shares = logits.new_tensor(min_p).unsqueeze(-1)
+    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + shares.log(), -math.inf)
 
 
 def _keep_top_k(logits: Tensor, top_k: SequenceOf[int]) -> Tensor:
