@@ -64,6 +64,7 @@ class Engine:
         assert config.kv_cache_bytes != "auto"
         assert config.context_length != "auto"
         self.config = config
+        self.vocabulary = vocabulary
         self._context_length = config.context_length
         self._model_config = model.config
         self._model_id = model_id
@@ -149,12 +150,11 @@ class Engine:
         """Whether `step` has anything to do or to hand over."""
         return self._scheduler.has_work or bool(self._pending) or bool(self._held)
 
-    def add(self, request: Request) -> None:
-        """Queue a request.
+    def check(self, request: Request) -> None:
+        """Refuse what can't be served, now or ever; changes nothing and is thread-safe.
 
         Raises:
-            RequestError: It can't be served, now or ever: a bad parameter, a token outside the
-                vocabulary, too long, or an id that is in use. Nothing was queued.
+            RequestError: A bad parameter, a token outside the vocabulary, or too long.
         """
         check_request(
             request,
@@ -162,10 +162,19 @@ class Engine:
             context_length=self._context_length,
             max_logprobs=self.config.max_logprobs,
         )
+        tokens = len(request.prompt_token_ids) + max(request.sampling.max_tokens, 1) - 1
+        self._scheduler.check_fits(tokens)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: As `check`, or its id is in use. Nothing was queued.
+        """
+        self.check(request)
         if request.id in self._requests:
             raise RequestError(f"request id {request.id!r} is in use", remedy="choose another")
         sampling = request.sampling
-        self._scheduler.check_fits(len(request.prompt_token_ids) + max(sampling.max_tokens, 1) - 1)
         seed = sampling.seed
         seed = self._seeds.getrandbits(64) if seed is None else seed
         sequences = [

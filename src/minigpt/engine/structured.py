@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from minigpt.api.requests import StructuredOutput
 from minigpt.core.errors import RequestError
+from minigpt.data.tokenizer import Tokenizer
 
 MAX_TEXT = 32_768
 """Most characters of a schema, expression or grammar."""
@@ -191,9 +192,27 @@ class _Wrapper:
         # Tokens without a text of their own get a name, which no text can contain.
         self.tokens = [text or f"<|{token}|>".encode() for token, text in enumerate(spelled)]
 
+        self._ids = {text: token for token, text in enumerate(spelled) if text}
+        self._longest = max(map(len, self._ids))
+        self._encode = self._cover
+        if isinstance(tokens, Tokenizer) and tokens.is_exact:
+            self._encode = tokens.encode
+
     def __call__(self, text: str) -> list[int]:
-        """Tokens that are forced are not asked for, and nothing else needs an encoding."""
-        return []
+        """Return the tokens of a text that the grammar forces."""
+        return self._encode(text)
+
+    def _cover(self, text: str) -> list[int]:
+        """Take the longest token at each place: for tokenizers that change what they encode."""
+        rest, ids = text.encode(), []
+        while rest:
+            lengths = range(min(self._longest, len(rest)), 0, -1)
+            size = next((size for size in lengths if rest[:size] in self._ids), 0)
+            if not size:  # no token begins so: the rest is for the mask to find
+                break
+            ids.append(self._ids[rest[:size]])
+            rest = rest[size:]
+        return ids
 
 
 def _ll_tokenizer(tokens: Tokens, eos: list[int]) -> Any:
