@@ -30,6 +30,9 @@ _WHITESPACE = r"[ \n]{0,32}"
 _MAX_GRAMMAR_SIZE = 60_000
 """Symbols of a compiled grammar: what compiles within about half a second."""
 
+_TRIED_STEPS = 16
+"""Characters that are tried at admission: most grammars that are too complex show it at once."""
+
 _KEPT = 64
 """Compiled grammars that are kept for the next request with the same one."""
 
@@ -126,10 +129,17 @@ def check_structured(output: StructuredOutput) -> None:
         RequestError: Status 400; `param` is the field that asked for it.
     """
     matcher = _matcher(_byte_tokenizer(), output)
-    mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-    characters = np.unpackbits(mask, bitorder="little")[:256]
-    if matcher.is_error() or not (characters.any() or matcher.is_accepting()):
-        raise _refusal(output, "nothing can match it")
+    for step in range(_TRIED_STEPS):
+        mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        characters = np.unpackbits(mask, bitorder="little")[:256].nonzero()[0]
+        if step == 0 and not (len(characters) or matcher.is_accepting()):
+            raise _refusal(output, "nothing can match it")
+        if matcher.is_error():
+            raise _refusal(output, f"too complex: {_one_line(matcher.get_error())}")
+        if not len(characters):
+            return
+        visible = characters[characters > ord(" ")]
+        matcher.consume_token(int(visible[0] if len(visible) else characters[0]))
 
 
 def _matcher(tokenizer: Any, output: StructuredOutput) -> Any:
