@@ -30,8 +30,9 @@ def _sequences(count: int, generated: list[int], **sampling: Any) -> list[Sequen
     params = SamplingParams(**({"max_tokens": 100} | sampling))
     request = Request(id="r", prompt_token_ids=PROMPT, sampling=params)
     shaping = Shaping.of(params, PROMPT, [EOS])
-    for token in generated if shaping else ():
-        shaping.observe(token)
+    if shaping is not None:
+        for token in generated:
+            shaping.observe(token)
     sequences = []
     for index in range(count):
         sequence = Sequence.from_request(request, index, index, seed=17)
@@ -81,7 +82,8 @@ def _defined(
     order = np.argsort(-probabilities)
     before = np.cumsum(probabilities[order]) - probabilities[order]
     probabilities[order[before >= top_p]] = 0
-    return probabilities / probabilities.sum()
+    probabilities /= probabilities.sum()
+    return probabilities
 
 
 def _misfit(counts: npt.NDArray[np.float64], probabilities: npt.NDArray[np.float64]) -> float:

@@ -27,7 +27,8 @@ def _prompt(length: int, seed: int) -> list[int]:
 def _hidden(model: Decoder, tokens: list[int]) -> torch.Tensor:
     attention = CausalAttention(sliding_window=model.config.sliding_window)
     positions = torch.arange(len(tokens))[None]
-    return model(torch.tensor([tokens]), positions, attention)[0]
+    hidden: torch.Tensor = model(torch.tensor([tokens]), positions, attention)
+    return hidden[0]
 
 
 @pytest.mark.parametrize("rows", [3, 32])

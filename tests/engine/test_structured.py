@@ -57,18 +57,14 @@ def _output(kind: Any, value: Any) -> StructuredOutput:
 
 def _ask(run: Make, engine: Any, output: StructuredOutput, n: int = 8, **sampling: Any) -> Any:
     """Answers of several seeds and temperatures; an end-of-text bias makes most of them end."""
+
+    def params(i: int) -> SamplingParams:
+        defaults: dict[str, Any] = {"seed": i, "temperature": 0.7 * i, "max_tokens": 90}
+        return SamplingParams(structured=output, **(defaults | sampling))
+
     requests = [
-        Request(
-            id=str(i), prompt_token_ids=[1 + i, 2], n=n,
-            sampling=SamplingParams(
-                **(
-                    {"structured": output, "seed": i, "temperature": 0.7 * i, "max_tokens": 90}
-                    | sampling
-                )
-            ),
-        )
-        for i in range(3)
-    ]  # fmt: skip
+        Request(id=str(i), prompt_token_ids=[1 + i, 2], n=n, sampling=params(i)) for i in range(3)
+    ]
     return run(engine, *requests)
 
 

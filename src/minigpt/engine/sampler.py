@@ -21,9 +21,6 @@ from minigpt.engine.sequence import Sequence
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would overflow."""
 
-_NUCLEUS_CANDIDATES = 1024
-"""Tokens among which a top-p set is first sought: finding them costs far less than a sort."""
-
 
 def uniform(seed: int, index: int, position: int) -> float:
     """Return a number in [0, 1) with 53 random bits, a pure function of its arguments.
@@ -55,8 +52,11 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled | No
     assert logits.shape[0] == len(sequences)
     finite = logits.sum(dim=-1).isfinite().tolist()
     shaped = [row for row, s in enumerate(sequences) if s.shaping is not None and finite[row]]
-    plain = [good and s.shaping is None for good, s in zip(finite, sequences, strict=True)]
-    tokens = _choose(logits, sequences, plain)
+    if len(shaped) < len(sequences):
+        unshaped = [good and s.shaping is None for good, s in zip(finite, sequences, strict=True)]
+        tokens = _choose(logits, sequences, unshaped)
+    else:
+        tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
     if shaped:
         theirs = [sequences[row] for row in shaped]
         copies = logits[shaped]
@@ -125,20 +125,26 @@ def _keep_top_k(logits: Tensor, top_k: SequenceOf[int]) -> Tensor:
 
 
 def _keep_top_p(probabilities: Tensor, top_p: SequenceOf[float]) -> Tensor:
-    """Zero all but the smallest set of tokens whose probability reaches `top_p[row]`."""
-    rows = [row for row, p in enumerate(top_p) if p < 1]
-    if not rows:
-        return probabilities
+    """Zero all but the smallest set of tokens whose probability reaches `top_p[row]`, in place.
+
+    Sorting a vocabulary costs far more than anything else here, so only the tokens above a bound
+    are sorted; if those do not reach `top_p`, the bound is lowered. Below the last one a whole
+    vocabulary holds less than what may be left out.
+    """
     vocab_size = probabilities.shape[-1]
-    wanted = probabilities.new_tensor([top_p[row] for row in rows]).unsqueeze(-1)
-    candidates = probabilities[rows].topk(min(_NUCLEUS_CANDIDATES, vocab_size)).values
-    if bool((candidates.sum(dim=-1, keepdim=True) < wanted).any()):
-        candidates = probabilities[rows].sort(dim=-1, descending=True).values
-    before = candidates.cumsum(dim=-1) - candidates
-    last = (before < wanted).sum(dim=-1, keepdim=True).clamp(min=1) - 1
-    threshold = probabilities.new_zeros(len(top_p), 1)
-    threshold[rows] = candidates.gather(-1, last)
-    return probabilities.masked_fill(probabilities < threshold, 0)
+    for row, wanted in enumerate(top_p):
+        if wanted >= 1:
+            continue
+        its = probabilities[row]
+        for share in (64, 2048, 2 * vocab_size):
+            candidates = its[its >= (1 - wanted) / share]
+            if len(candidates) and float(candidates.sum()) >= wanted:
+                break
+        candidates = candidates.sort(descending=True).values
+        before = candidates.cumsum(dim=-1) - candidates
+        last = (before < wanted).sum().clamp(min=1) - 1
+        its.masked_fill_(its < candidates[last], 0)
+    return probabilities
 
 
 def _add_logprobs(
