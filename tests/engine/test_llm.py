@@ -64,6 +64,13 @@ def test_several_answers_and_parameters_of_each_prompt(llm: LLM) -> None:
         llm.generate("a", params)
 
 
+def test_chat(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    completion = llm.chat(messages, SamplingParams(max_tokens=5, ignore_eos=True), n=2)
+    assert llm.tokenizer.decode(completion.prompt_token_ids) == "User: hello\n\nAssistant:"
+    assert [len(answer.token_ids) for answer in completion.answers] == [5, 5]
+
+
 def test_score_equals_the_models_own(llm: LLM, tiny_model: Path) -> None:
     texts = ["the patient stranger crossed a bridge.", "x", "zq0 % unlikely"]
     for text, scores in zip(texts, llm.score(texts, alternatives=2), strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor
 from minigpt.api.requests import Request, SamplingParams
 from minigpt.engine.sampler import sample, uniform
 from minigpt.engine.sequence import Sequence
+from minigpt.engine.shaping import Shaping
 
 
 def _sequence(position: int = 0, index: int = 0, **sampling: Any) -> Sequence:
@@ -135,6 +136,19 @@ def test_broken_logits_yield_no_token_and_spare_the_others(bad: float) -> None:
     logits = torch.randn(3, 10)
     logits[1, 4] = bad
     sequences = [_sequence(temperature=0), _sequence(seed=1, logprobs=1), _sequence(seed=1)]
+    first, broken, last = sample(logits, sequences)
+    assert broken is None
+    assert first is not None
+    assert last is not None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_broken_logits_of_shaped_rows_yield_no_token_either(bad: float) -> None:
+    logits = torch.randn(3, 10)
+    logits[1, 4] = bad
+    sequences = [_sequence(seed=i, repetition_penalty=1.5, logit_bias={4: 1.0}) for i in range(3)]
+    for sequence in sequences:
+        sequence.shaping = Shaping.of(sequence.sampling, [1], [])
     first, broken, last = sample(logits, sequences)
     assert broken is None
     assert first is not None

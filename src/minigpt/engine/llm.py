@@ -31,6 +31,7 @@ from minigpt.api.requests import (
     TokenLogprob,
 )
 from minigpt.core.errors import MinigptError, RequestError
+from minigpt.data.chat_template import ChatTemplate, Message
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.engine.background import EngineThread
 from minigpt.engine.config import EngineConfig
@@ -128,6 +129,22 @@ class LLM:
             for prompt, params in zip(several, samplings, strict=True)
         ]
         return self._complete(requests, progress)
+
+    def chat(
+        self, messages: Sequence[Message], sampling: SamplingParams | None = None, *, n: int = 1
+    ) -> Completion:
+        """Answer a conversation, rendered by the model's chat template.
+
+        Args:
+            messages: Each with `role` and `content`.
+            sampling: The defaults of `SamplingParams` where None.
+            n: Answers.
+
+        Raises:
+            RequestError: As `generate`, or the template refuses the conversation.
+        """
+        prompt = ChatTemplate(self.tokenizer).encode(messages)
+        return self.generate([prompt], sampling, n=n, progress=False)[0]
 
     def score(
         self, prompts: Prompt | Sequence[Prompt], *, alternatives: int = 0, progress: bool = True

@@ -30,10 +30,13 @@ _WHITESPACE = r"[ \n]{0,32}"
 _MAX_GRAMMAR_SIZE = 60_000
 """Symbols of a compiled grammar: what compiles within about half a second."""
 
+_MAX_LEXER_STATES = 50_000
+"""States that a grammar's lexer may grow to, at 1 to 2 kB each."""
+
 _TRIED_STEPS = 16
 """Characters that are tried at admission: most grammars that are too complex show it at once."""
 
-_KEPT = 64
+_KEPT = 32
 """Compiled grammars that are kept for the next request with the same one."""
 
 
@@ -151,7 +154,11 @@ def _matcher(tokenizer: Any, output: StructuredOutput) -> Any:
         grammar = _grammar(output)
     except ValueError as error:
         raise _refusal(output, _one_line(str(error))) from None
-    limits = LLParserLimits(max_grammar_size=_MAX_GRAMMAR_SIZE, verbose_errors=False)
+    limits = LLParserLimits(
+        max_grammar_size=_MAX_GRAMMAR_SIZE,
+        max_lexer_states=_MAX_LEXER_STATES,
+        verbose_errors=False,
+    )
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     if matcher.is_error():
         raise _refusal(output, _one_line(matcher.get_error()))
