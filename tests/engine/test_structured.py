@@ -14,7 +14,10 @@ import pytest
 
 from minigpt.api.requests import Request, SamplingParams, StructuredOutput
 from minigpt.core.errors import RequestError
+from minigpt.data.tokenizer import Tokenizer
+from minigpt.data.tokenizer_build import train_bpe
 from minigpt.engine import structured
+from minigpt.engine.engine import Engine
 from minigpt.engine.structured import MAX_TEXT, GrammarState, check_structured
 
 Make = Callable[..., Any]
@@ -102,6 +105,29 @@ def test_other_languages(
         assert answer.finish_reason == "stop" or kind == "grammar"
         assert answer.finish_reason == "length" or re.fullmatch(pattern, answer.text), answer.text
     assert len({answer.text for answer in answers.values()}) > 1
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    """Tokens of several bytes, which cross the borders between a grammar's lexemes."""
+    texts = [json.dumps({"name": f"n{i} \u00e4", "age": i, "kind": "cat"}) for i in range(400)]
+    return train_bpe(iter([texts]), vocab_size=600)
+
+
+def test_with_tokens_of_several_bytes(
+    make_model: Make, make_engine: Make, run: Make, bpe: Tokenizer
+) -> None:
+    """A padded vocabulary, forced keys, and what stops is valid."""
+    model = make_model(vocab_size=bpe.vocab_size + 7, eos_token_id=bpe.eos_token_id)
+    engine = Engine(model, bpe, make_engine(model).config)
+    answers = _ask(run, engine, _output("json_schema", PERSON))
+    stopped = [a for a in answers.values() if a.finish_reason == "stop"]
+    assert len(stopped) >= 6
+    for answer in stopped:
+        jsonschema.validate(json.loads(answer.text), PERSON)
+        assert max(answer.token_ids) < bpe.vocab_size
+    forced = [t for answer in stopped for t in answer.token_ids if b"name" in bpe.token_bytes(t)]
+    assert forced, "a key is said in the tokens that the tokenizer has for it"
 
 
 def test_with_stop_strings_limits_penalties_and_logprobs(
