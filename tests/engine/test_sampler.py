@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minigpt.api.requests import Request, SamplingParams
-from minigpt.engine.sampler import sample, uniform
+from minigpt.engine.sampler import _invert, sample, uniform
 from minigpt.engine.sequence import Sequence
 from minigpt.engine.shaping import Shaping
 
@@ -53,6 +53,30 @@ def test_draws_follow_the_distribution() -> None:
     expected = 8000 * (torch.tensor(logits) / 0.7).softmax(-1)
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert chi_square < 23  # 4 degrees of freedom: exceeded once in 8,000
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    vocab_size=st.sampled_from([1, 3, 255, 256, 257, 700, 3000]),
+    positive=st.sampled_from([1, 2, 40, 3000]),
+)
+@settings(max_examples=120, deadline=None)
+def test_inversion_equals_a_plain_cumulative_sum(seed: int, vocab_size: int, positive: int) -> None:
+    """Up to rounding, and never a place of zero weight, at both ends of [0, 1) too."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.zeros(8, vocab_size)
+    places = torch.randperm(vocab_size, generator=generator)[:positive]
+    weights[:, places] = torch.rand(8, len(places), generator=generator) + 1e-6
+    uniforms = torch.rand(8, 1, generator=generator, dtype=torch.float64)
+    uniforms[0], uniforms[1] = 0.0, 1 - 2**-53
+    found = _invert(weights, uniforms)
+    assert (weights.gather(-1, found.unsqueeze(-1)) > 0).all()
+    cumulative = weights.double().cumsum(-1)
+    share = cumulative / cumulative[:, -1:]
+    upper = share.gather(-1, found.unsqueeze(-1))
+    lower = upper - weights.gather(-1, found.unsqueeze(-1)) / cumulative[:, -1:]
+    assert (uniforms <= upper + 1e-6).all()
+    assert (uniforms >= lower - 1e-6).all()
 
 
 def test_top_k_keeps_the_likeliest_renormalised() -> None:
