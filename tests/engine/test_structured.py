@@ -156,9 +156,9 @@ def test_structured_and_free_answers_share_a_batch(
     ]
     alone = run(make_engine(model), *free)
     tied = Request(
-        id="tied", prompt_token_ids=[3] * 20, n=3,
+        id="tied", prompt_token_ids=[3] * 20, n=4,
         sampling=SamplingParams(
-            seed=5, max_tokens=40, structured=_output("regex", "([0-9]{3} )+")
+            seed=5, max_tokens=60, structured=_output("regex", "([0-9]{3} )+")
         ),
     )  # fmt: skip
     expected = run(make_engine(model), tied)
