@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 
 from minigpt.api.requests import Request, SamplingParams, StructuredOutput
@@ -313,5 +313,6 @@ def test_bombs_cost_a_bounded_time(name: str) -> None:
 def test_llguidance_is_imported_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     structured._byte_tokenizer.cache_clear()
+    check_structured.cache_clear()
     with pytest.raises(RequestError, match="pip install llguidance"):
         check_structured(_output("regex", "a"))

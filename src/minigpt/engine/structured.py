@@ -123,8 +123,11 @@ class GrammarCompiler:
         return _ll_tokenizer(self._tokens, self._eos)
 
 
+@functools.lru_cache(maxsize=256)
 def check_structured(output: StructuredOutput) -> None:
     """Refuse what can't be compiled within bounds, or matches nothing; needs no tokenizer.
+
+    What was found good is remembered, so that the same schema is compiled here once.
 
     A grammar whose every derivation is endless is not recognised: answers to it end by length.
 
