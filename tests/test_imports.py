@@ -26,9 +26,9 @@ for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
     importlib.import_module(module.name)
 """
 OPTIONAL = (
-    "alembic,datasets,datasketch,fastapi,ftfy,httpx,lm_eval,mlflow,openai,prometheus_client,"
-    "psutil,pyarrow,rich,sqlalchemy,starlette,structlog,tensorboard,tiktoken,transformers,typer,"
-    "uvicorn,wandb,yaml,zmq,zstandard"
+    "alembic,datasets,datasketch,fastapi,ftfy,httpx,llguidance,lm_eval,mlflow,openai,"
+    "prometheus_client,psutil,pyarrow,rich,sqlalchemy,starlette,structlog,tensorboard,tiktoken,"
+    "transformers,typer,uvicorn,wandb,yaml,zmq,zstandard"
 )
 
 

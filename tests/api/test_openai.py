@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minigpt.api.openai import ChatCompletionBody, CompletionBody, parse_body
+from minigpt.api.body import parse_body
+from minigpt.api.openai import ChatCompletionBody, CompletionBody
+from minigpt.api.requests import SamplingParams, StructuredOutput
 from minigpt.core.errors import RequestError
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -42,13 +44,17 @@ def test_null_is_as_good_as_absent() -> None:
 def test_sampling_takes_over_everything() -> None:
     body = completion(
         temperature=0, top_p=0.5, top_k=-1, seed=-5, stop="end", stop_token_ids=[3],
-        ignore_eos=True, logprobs=2,
+        ignore_eos=True, logprobs=2, min_p=0.1, repetition_penalty=1.5, frequency_penalty=0.5,
+        presence_penalty=-1, min_tokens=4, guided_regex="a+",
     )  # fmt: skip
     sampling = body.sampling(7)
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (7, 0.0, 0.5)
     assert (sampling.top_k, sampling.seed, sampling.stop) == (0, -5, ("end",))
     assert (sampling.stop_token_ids, sampling.ignore_eos, sampling.logprobs) == ((3,), True, 2)
-    assert completion().sampling(1).temperature == 1.0
+    assert (sampling.min_p, sampling.repetition_penalty, sampling.min_tokens) == (0.1, 1.5, 4)
+    assert (sampling.frequency_penalty, sampling.presence_penalty) == (0.5, -1)
+    assert sampling.structured == StructuredOutput(kind="regex", text="a+", param="guided_regex")
+    assert completion().sampling(16) == SamplingParams()
 
 
 def test_chat_logprobs() -> None:
@@ -74,16 +80,35 @@ def test_content_may_come_in_parts() -> None:
     assert refused.value.param == "messages[1].content[0].type"
 
 
-@pytest.mark.parametrize("value", [0, 0.0, None])
+@pytest.mark.parametrize("value", ["", None])
 def test_neutral_values_are_taken(value: Any) -> None:
-    assert completion(frequency_penalty=value).frequency_penalty == value
+    assert completion(suffix=value).suffix == value
 
 
-@pytest.mark.parametrize("value", [False, "0", [], 0.1, {"a": 1}])
+@pytest.mark.parametrize("value", [False, "0", [], 0, {"a": 1}])
 def test_other_values_are_refused(value: Any) -> None:
     with pytest.raises(RequestError) as refused:
-        completion(frequency_penalty=value)
+        completion(suffix=value)
     assert refused.value.code == "unsupported_parameter"
+
+
+def test_logit_bias_has_token_ids_for_keys() -> None:
+    assert completion(logit_bias={"5": 1, "7": -100}).sampling(1).logit_bias == {5: 1.0, 7: -100.0}
+    for bad in ({"a": 1}, {"-1": 1}, {"5": 101}, {"5": True}, {"5": "1"}, [5], {"\u0665": 1}):
+        with pytest.raises(RequestError, match="must map token ids") as refused:
+            completion(logit_bias=bad)
+        assert refused.value.param == "logit_bias"
+
+
+def test_echo_asks_for_the_prompts_logprobs() -> None:
+    assert completion(logprobs=3).sampling(1).prompt_logprobs is None
+    assert completion(echo=True).sampling(1).prompt_logprobs is None
+    assert completion(echo=True, logprobs=3).sampling(0).prompt_logprobs == 3
+    assert completion(echo=True, logprobs=3, prompt_logprobs=5).sampling(0).prompt_logprobs == 5
+    assert chat(prompt_logprobs=2).sampling(1).prompt_logprobs == 2
+    assert completion(max_tokens=0).max_tokens == 0
+    with pytest.raises(RequestError):
+        chat(max_tokens=0)
 
 
 def test_long_values_are_cut_in_messages() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from minigpt.api.requests import Request, SamplingParams
+from minigpt.api.requests import Request, SamplingParams, StructuredOutput
 from minigpt.core.clock import ManualClock
 from minigpt.core.errors import RequestError
 from minigpt.engine.engine import Engine
@@ -345,6 +345,17 @@ def test_stats_and_ready(make_model: Make, make_engine: Make) -> None:
     assert seen[-1].last_step_seconds == 0
 
 
+ENDINGS: list[dict[str, Any]] = [
+    {"ignore_eos": True},
+    {"ignore_eos": False},
+    {"ignore_eos": False, "min_tokens": 1},
+    {
+        "ignore_eos": False,
+        "structured": StructuredOutput(kind="regex", text="([a-z]{2,5} )*[.!]"),
+    },
+]
+
+
 def test_a_random_load_ends_cleanly(make_model: Make, make_engine: Make) -> None:
     """Arrivals, aborts and every kind of parameter at once: each sequence ends exactly once."""
     chance = random.Random(3)
@@ -360,7 +371,12 @@ def test_a_random_load_ends_cleanly(make_model: Make, make_engine: Make) -> None
                     max_tokens=chance.randint(1, 50), temperature=chance.choice([0, 0.5, 1.5]),
                     top_k=chance.choice([0, 3]), top_p=chance.choice([0.5, 1.0]),
                     seed=chance.choice([None, 1]), stop=chance.choice([(), ("a", "zq")]),
-                    logprobs=chance.choice([None, 2]), ignore_eos=chance.random() < 0.5,
+                    logprobs=chance.choice([None, 2]),
+                    prompt_logprobs=chance.choice([None, None, 1]),
+                    min_p=chance.choice([0, 0.1]), repetition_penalty=chance.choice([1, 1.5]),
+                    frequency_penalty=chance.choice([0, 0.5]),
+                    logit_bias=chance.choice([{}, {7: 5.0, 256: -3.0}]),
+                    **chance.choice(ENDINGS),
                 )
             )  # fmt: skip
             open_sequences |= {(str(arrived), index) for index in range(n)}

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minigpt.api.requests import Request, SamplingParams
-from minigpt.engine.sampler import sample, uniform
+from minigpt.engine.sampler import _invert, sample, uniform
 from minigpt.engine.sequence import Sequence
+from minigpt.engine.shaping import Shaping
 
 
 def _sequence(position: int = 0, index: int = 0, **sampling: Any) -> Sequence:
@@ -52,6 +53,30 @@ def test_draws_follow_the_distribution() -> None:
     expected = 8000 * (torch.tensor(logits) / 0.7).softmax(-1)
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert chi_square < 23  # 4 degrees of freedom: exceeded once in 8,000
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    vocab_size=st.sampled_from([1, 3, 255, 256, 257, 700, 3000]),
+    positive=st.sampled_from([1, 2, 40, 3000]),
+)
+@settings(max_examples=120, deadline=None)
+def test_inversion_equals_a_plain_cumulative_sum(seed: int, vocab_size: int, positive: int) -> None:
+    """Up to rounding, and never a place of zero weight, at both ends of [0, 1) too."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.zeros(8, vocab_size)
+    places = torch.randperm(vocab_size, generator=generator)[:positive]
+    weights[:, places] = torch.rand(8, len(places), generator=generator) + 1e-6
+    uniforms = torch.rand(8, 1, generator=generator, dtype=torch.float64)
+    uniforms[0], uniforms[1] = 0.0, 1 - 2**-53
+    found = _invert(weights, uniforms)
+    assert (weights.gather(-1, found.unsqueeze(-1)) > 0).all()
+    cumulative = weights.double().cumsum(-1)
+    share = cumulative / cumulative[:, -1:]
+    upper = share.gather(-1, found.unsqueeze(-1))
+    lower = upper - weights.gather(-1, found.unsqueeze(-1)) / cumulative[:, -1:]
+    assert (uniforms <= upper + 1e-6).all()
+    assert (uniforms >= lower - 1e-6).all()
 
 
 def test_top_k_keeps_the_likeliest_renormalised() -> None:
@@ -135,6 +160,19 @@ def test_broken_logits_yield_no_token_and_spare_the_others(bad: float) -> None:
     logits = torch.randn(3, 10)
     logits[1, 4] = bad
     sequences = [_sequence(temperature=0), _sequence(seed=1, logprobs=1), _sequence(seed=1)]
+    first, broken, last = sample(logits, sequences)
+    assert broken is None
+    assert first is not None
+    assert last is not None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_broken_logits_of_shaped_rows_yield_no_token_either(bad: float) -> None:
+    logits = torch.randn(3, 10)
+    logits[1, 4] = bad
+    sequences = [_sequence(seed=i, repetition_penalty=1.5, logit_bias={4: 1.0}) for i in range(3)]
+    for sequence in sequences:
+        sequence.shaping = Shaping.of(sequence.sampling, [1], [])
     first, broken, last = sample(logits, sequences)
     assert broken is None
     assert first is not None

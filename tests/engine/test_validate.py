@@ -41,7 +41,7 @@ def test_accepts_the_limits(fields: dict[str, Any]) -> None:
         ({"prompt": [-1]}, "prompt", "token id -1 is outside"),
         ({"n": 0}, "n", "n = 0: must be from 1 to 128"),
         ({"n": 129}, "n", "n = 129"),
-        ({"max_tokens": 0}, "max_tokens", "max_tokens = 0: must be at least 1"),
+        ({"max_tokens": -1}, "max_tokens", "max_tokens = -1: must be at least 0"),
         ({"max_tokens": 32}, "max_tokens", "together 33, the context holds 32"),
         ({"prompt": [1] * 32}, "prompt", "the prompt has 32 tokens"),
         ({"temperature": -0.1}, "temperature", "temperature = -0.1: must be finite"),

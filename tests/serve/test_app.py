@@ -236,11 +236,14 @@ def test_many_at_once_answer_as_alone(server: ServerProcess, client: openai.Open
 @pytest.mark.parametrize(
     ("changes", "param", "code"),
     [
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "invalid_value"),
+        ({"logit_bias": {"5": 200}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5000": 1}}, "logit_bias", None),
         ({"best_of": 3}, "best_of", "invalid_value"),
         ({"suffix": "end"}, "suffix", "unsupported_parameter"),
-        ({"min_p": 0.1}, "min_p", "unknown_parameter"),
+        ({"min_p": 2}, "min_p", "invalid_value"),
+        ({"min_tokens": 20}, "min_tokens", None),
+        ({"typical_p": 0.1}, "typical_p", "unknown_parameter"),
         ({"temperature": "hot"}, "temperature", "invalid_value"),
         ({"temperature": -1}, "temperature", "invalid_value"),
         ({"top_p": 0}, "top_p", "invalid_value"),
@@ -253,7 +256,9 @@ def test_many_at_once_answer_as_alone(server: ServerProcess, client: openai.Open
         ({"prompt": [5, 700]}, "prompt", None),
         ({"stop": ["a", ""]}, "stop[1]", "invalid_value"),
         ({"stop_token_ids": [9999]}, "stop_token_ids", None),
-        ({"echo": True, "logprobs": 1}, "echo", "invalid_value"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "invalid_value"),
+        ({"guided_regex": "(a"}, "guided_regex", "invalid_value"),
+        ({"guided_choice": []}, "guided_choice", "invalid_value"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"max_tokens": 512}, "max_tokens", "context_length_exceeded"),
         ({"prompt": "x" * 600}, "prompt", "context_length_exceeded"),
@@ -281,7 +286,7 @@ def test_refusals_name_the_parameter(
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages[0].name"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
         ({"prompt": "hello"}, "prompt"),
@@ -298,7 +303,7 @@ def test_chat_refusals_name_the_parameter(
 
 def test_the_client_raises_what_the_server_refuses(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        client.completions.create(model="tiny", prompt="a", presence_penalty=1.0)
+        client.completions.create(model="tiny", prompt="a", presence_penalty=3.0)
     assert refused.value.param == "presence_penalty"
     with pytest.raises(openai.NotFoundError) as unknown:
         client.chat.completions.create(model="gpt-9", messages=HELLO)

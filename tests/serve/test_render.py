@@ -77,9 +77,11 @@ def streamed(renderer: Renderer, batches: list[list[Update]]) -> list[dict[str, 
 
 
 @given(batches=update_lists(with_logprobs=True), echo=st.sampled_from([(), ("prompt",)]))
-def test_completion(batches: list[list[Update]], echo: tuple[str, ...]) -> None:
-    pieces = streamed(CompletionRenderer(job(echo), include_usage=False), batches)
-    whole_renderer = CompletionRenderer(job(echo), include_usage=False)
+def test_completion(
+    tokenizer: Tokenizer, batches: list[list[Update]], echo: tuple[str, ...]
+) -> None:
+    pieces = streamed(CompletionRenderer(job(echo), tokenizer, include_usage=False), batches)
+    whole_renderer = CompletionRenderer(job(echo), tokenizer, include_usage=False)
     whole = json.loads(encode(whole_renderer.whole([u for batch in batches for u in batch])))
     assert [choice["index"] for choice in whole["choices"]] == list(range(CHOICES))
     for choice in whole["choices"]:
@@ -119,7 +121,7 @@ def test_usage_appears_only_where_it_was_asked_for(tokenizer: Tokenizer) -> None
     updates: list[Update] = [(0, Delta(request_id="r", index=0, token_ids=[1], text="a"))]
     for asked in (True, False):
         renderers = (
-            CompletionRenderer(job(), include_usage=asked),
+            CompletionRenderer(job(), tokenizer, include_usage=asked),
             ChatRenderer(job(), tokenizer, include_usage=asked),
         )
         for renderer in renderers:

@@ -7,49 +7,29 @@ it is refused by name: nothing is ignored. Answers are in `minigpt.api.openai_re
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     Strict,
     StrictBool,
     StrictStr,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
+from minigpt.api.body import Body, Int, Number, Prompts, neutral
 from minigpt.api.requests import SamplingParams
-from minigpt.core.errors import RequestError
+from minigpt.api.structured import StructuredFields
 
-Int = Annotated[int, Strict()]
-Number = Annotated[float, Strict()]
 Seed = Annotated[int, Strict(), Field(ge=-(2**63), le=2**63 - 1)]
 StopText = Annotated[str, Strict(), Field(min_length=1)]
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
-
-
-def neutral(*values: Any) -> AfterValidator:
-    """Return a validator that takes null and `values` alone: those without an effect."""
-
-    def check(value: Any) -> Any:
-        # 0 == False in Python, but not on the wire.
-        if value is not None and not any(
-            value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
-            for allowed in values
-        ):
-            raise PydanticCustomError("unsupported", "this value is not supported")
-        return value
-
-    return AfterValidator(check)
 
 
 def _listed(value: Any) -> Any:
@@ -62,47 +42,26 @@ def _listed(value: Any) -> Any:
     return value
 
 
-def _prompts(value: Any) -> list[str] | list[list[int]]:
-    """Bring the four forms of a prompt to a list of strings or a list of token lists."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value):
-            return value
-        if _is_tokens(value):
-            return [value]
-        if all(isinstance(item, list) and item and _is_tokens(item) for item in value):
-            return value
-    raise ValueError(
-        "must be a string, a list of strings, a list of token ids or a list of such lists, "
-        "none of them empty"
-    )
+def _biases(value: Any) -> Any:
+    """Read `logit_bias`, whose keys are token ids written as JSON's strings."""
+    if value is None:
+        return {}
+    rule = "must map token ids to numbers from -100 to 100"
+    if not isinstance(value, dict):
+        raise ValueError(rule)
+    for token, bias in value.items():
+        if not (isinstance(token, str) and token.isdecimal() and token.isascii()):
+            raise ValueError(rule)
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise ValueError(rule)
+    return {int(token): float(bias) for token, bias in value.items()}
 
 
-def _is_tokens(items: list[Any]) -> bool:
-    return all(type(item) is int and item >= 0 for item in items)
-
-
-Prompts = Annotated[
-    list[str] | list[list[int]],
-    PlainValidator(_prompts),
-    WithJsonSchema(
-        {
-            "oneOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}},
-                {"type": "array", "items": {"type": "integer"}},
-                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
-            ]
-        }
-    ),
+Biases = Annotated[
+    dict[int, float],
+    PlainValidator(_biases),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
 ]
-
-
-class Body(BaseModel):
-    """Base of everything that a client may send: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class StreamOptions(Body):
@@ -112,7 +71,7 @@ class StreamOptions(Body):
     include_obfuscation: Annotated[Any, neutral(False)] = None
 
 
-class GenerationBody(Body):
+class GenerationBody(StructuredFields):
     """What completions and chat completions share."""
 
     model: StrictStr
@@ -124,20 +83,32 @@ class GenerationBody(Body):
     seed: Seed | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    frequency_penalty: Annotated[Any, neutral(0)] = None
-    presence_penalty: Annotated[Any, neutral(0)] = None
-    logit_bias: Annotated[Any, neutral({})] = None
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2)
+    presence_penalty: Number | None = Field(None, ge=-2, le=2)
+    logit_bias: Biases = Field(default_factory=dict)
     user: StrictStr | None = None
 
     top_k: Int | None = Field(None, ge=-1)
     """minigpt's own, as vLLM's: sample from this many most likely tokens; 0 and -1 are all."""
+    min_p: Number | None = Field(None, ge=0, le=1)
+    """minigpt's own, as vLLM's: no token less likely than this share of the likeliest."""
+    repetition_penalty: Number | None = Field(None, gt=0, le=10)
+    """minigpt's own, as vLLM's: above 1 discourages tokens of the prompt and the answer."""
+    min_tokens: Int | None = Field(None, ge=0)
+    """minigpt's own, as vLLM's: no end before this many tokens."""
+    prompt_logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """minigpt's own, as vLLM's: log-probabilities of the prompt with this many alternatives."""
     ignore_eos: StrictBool | None = None
     """minigpt's own, as vLLM's: go on past the end-of-text token."""
     stop_token_ids: list[Annotated[int, Strict(), Field(ge=0)]] | None = Field(None, max_length=64)
     """minigpt's own, as vLLM's: tokens that end an answer."""
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
+    def _check_stream(self) -> Self:
+        if self.stream and self.prompt_logprobs is not None:
+            raise PydanticCustomError(
+                "at:prompt_logprobs", "prompt_logprobs is allowed only where stream is false"
+            )
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError(
                 "at:stream_options", "stream_options is allowed only where stream is true"
@@ -154,17 +125,27 @@ class GenerationBody(Body):
         """Whether a stream ends with a chunk of usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def _sampling(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
+    def _sampling(
+        self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=max(self.top_k or 0, 0),
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias=self.logit_bias,
             seed=self.seed,
             stop=tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
+            min_tokens=self.min_tokens or 0,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            structured=self.structured,
         )
 
 
@@ -172,6 +153,8 @@ class CompletionBody(GenerationBody):
     """Body of `POST /v1/completions`."""
 
     prompt: Prompts
+    max_tokens: Int | None = Field(None, ge=0)
+    """0 generates nothing: with `echo` and `logprobs` it scores the prompt."""
     echo: StrictBool | None = None
     logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: Int | None = None
@@ -181,15 +164,13 @@ class CompletionBody(GenerationBody):
     def _check(self) -> Self:
         if self.best_of not in (None, self.choices):
             raise PydanticCustomError("at:best_of", "only best_of equal to n is supported")
-        if self.echo and self.logprobs is not None:
-            raise PydanticCustomError(
-                "at:echo", "log-probabilities of the prompt are not supported: drop echo"
-            )
         return self
 
     def sampling(self, max_tokens: int) -> SamplingParams:
         """Return how to sample, with the token limit that the service has settled."""
-        return self._sampling(max_tokens, self.logprobs)
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        prompt_logprobs = max((count for count in asked if count is not None), default=None)
+        return self._sampling(max_tokens, self.logprobs, prompt_logprobs)
 
 
 class TextPart(Body):
@@ -239,7 +220,6 @@ class ChatCompletionBody(GenerationBody):
     prompt_cache_key: StrictStr | None = None
     prompt_cache_options: Annotated[Any, neutral()] = None
     prompt_cache_retention: Annotated[Any, neutral()] = None
-    response_format: Annotated[Any, neutral({"type": "text"})] = None
     tools: Annotated[Any, neutral([])] = None
     tool_choice: Annotated[Any, neutral("none", "auto")] = None
     parallel_tool_calls: StrictBool | None = None
@@ -273,7 +253,8 @@ class ChatCompletionBody(GenerationBody):
 
     def sampling(self, max_tokens: int) -> SamplingParams:
         """Return how to sample, with the token limit that the service has settled."""
-        return self._sampling(max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self._sampling(max_tokens, logprobs, self.prompt_logprobs)
 
 
 class TokenizeBody(Body):
@@ -289,51 +270,3 @@ class DetokenizeBody(Body):
 
     model: StrictStr | None = None
     tokens: list[Annotated[int, Strict(), Field(ge=0)]]
-
-
-B = TypeVar("B", bound=Body)
-
-
-def parse_body(cls: type[B], raw: bytes) -> B:
-    """Read a JSON body.
-
-    Raises:
-        RequestError: Status 400; malformed JSON, or the first parameter at fault in `param`.
-    """
-    try:
-        return cls.model_validate_json(raw)
-    except ValidationError as error:
-        raise _refusal(error.errors(include_url=False)[0]) from None
-
-
-def _refusal(problem: ErrorDetails) -> RequestError:
-    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
-    if kind == "json_invalid":
-        return RequestError(f"the body is not valid JSON: {message}", code="invalid_json")
-    if kind.startswith("at:"):
-        return RequestError(message, param=kind.removeprefix("at:"), code="invalid_value")
-    param = _param(problem["loc"])
-    if param is None:
-        return RequestError("the body must be a JSON object", code="invalid_type")
-    if kind == "extra_forbidden":
-        return RequestError(
-            f"unknown parameter: {param}", param=param, code="unknown_parameter", remedy="drop it"
-        )
-    if kind == "missing":
-        return RequestError(f"{param} is required", param=param, code="missing_required_parameter")
-    code = "unsupported_parameter" if kind == "unsupported" else "invalid_value"
-    value = repr(problem["input"])
-    shown = value if len(value) <= 80 else value[:77] + "..."
-    return RequestError(f"{param} = {shown}: {_lower(message)}", param=param, code=code)
-
-
-def _param(location: tuple[int | str, ...]) -> str | None:
-    """Write a location as OpenAI does: `messages[0].content`."""
-    path = ""
-    for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return path.removeprefix(".") or None
-
-
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]

@@ -30,9 +30,21 @@ class CompletionLogprobs(Struct):
     """Log-probabilities of a completion, one entry per token in each list."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """None for the first token of an echoed prompt, which nothing predicts."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(Struct, frozen=True):
+    """One token at a place of the prompt; vLLM's form."""
+
+    logprob: float
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""For each token of the prompt: it and its alternatives by id; None for the first."""
 
 
 class CompletionChoice(Struct):
@@ -42,6 +54,8 @@ class CompletionChoice(Struct):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    """Where it was asked for."""
 
 
 class Completion(Struct):
@@ -122,6 +136,8 @@ class ChatCompletion(Struct):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    """Where it was asked for."""
     object: str = "chat.completion"
 
 

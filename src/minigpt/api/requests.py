@@ -10,19 +10,42 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Pooling = Literal["mean", "last"]
+StructuredKind = Literal["json_schema", "regex", "choice", "grammar"]
+
+
+class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """A language that the whole text of an answer must belong to."""
+
+    kind: StructuredKind
+    text: str
+    """The JSON schema, the regular expression, the choices as a JSON list, or the grammar in
+    the Lark dialect of llguidance."""
+    param: str = "response_format"
+    """The request field that asked for it, for errors."""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens are chosen and when a sequence ends."""
 
     max_tokens: int = 16
-    """Most tokens to generate, at least 1."""
+    """Most tokens to generate; 0 reads the prompt alone, for its scores."""
     temperature: float = 1.0
     """0 is greedy; logits are divided by it otherwise."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens whose probability reaches this."""
     top_k: int = 0
     """Sample from this many most likely tokens; 0 is all."""
+    min_p: float = 0.0
+    """Sample from tokens at least this likely, as a share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or answer."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that it was generated."""
+    presence_penalty: float = 0.0
+    """Subtracted from a token's logit once if it was generated."""
+    logit_bias: dict[int, float] = {}
+    """Added to the logits of these tokens."""
     seed: int | None = None
     """With a seed the answer repeats: sequence i of a request draws from (seed, i)."""
     stop: tuple[str, ...] = ()
@@ -31,8 +54,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens that end a sequence, besides the model's own end-of-text."""
     ignore_eos: bool = False
     """Go on past the end-of-text token."""
+    min_tokens: int = 0
+    """No end of any kind before this many tokens: neither end-of-text nor a stop."""
     logprobs: int | None = None
     """How many alternatives to report with each token's log-probability; None is no report."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens, from the second on."""
+    structured: StructuredOutput | None = None
+    """What the text must be; None is anything."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
@@ -42,6 +71,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     prompt_token_ids: list[int]
     sampling: SamplingParams = SamplingParams()
     n: int = 1
+    pooling: Pooling | None = None
+    """Return an embedding of the prompt: the mean of the last layer's normalised outputs, or
+    the last one. Nothing is generated then: max_tokens is 0."""
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
@@ -71,6 +103,10 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
     text: str
     """New text: never half a character, never part of a stop string."""
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    """On a sequence's first delta: the prompt's tokens from the second on."""
+    embedding: list[float] | None = None
+    """On a pooled request's only delta: (hidden size,), not normalised."""
     finish_reason: FinishReason | None = None
     """Set on a sequence's last delta, and only there."""
     prompt_tokens: int = 0

@@ -21,17 +21,18 @@ class TextStream:
         self.stopped = False
         """Whether a stop string was met; nothing is released after it."""
 
-    def push(self, data: bytes, *, final: bool = False) -> str:
+    def push(self, data: bytes, *, final: bool = False, stops: bool = True) -> str:
         """Take in `data` and return the text that is now certain.
 
         Args:
             data: The bytes of the next tokens.
             final: Nothing follows: release all; an unfinished character becomes U+FFFD.
+            stops: Whether this may be part of a stop string; never false after true.
         """
         if self.stopped:
             return ""
         text = self._held + self._decoder.decode(data, final)
-        if not self._stop:
+        if not self._stop or not stops:
             return text
         if (cut := self._find_stop(text)) is not None:
             self.stopped = True

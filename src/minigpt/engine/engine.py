@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +28,8 @@ from minigpt.engine.runner import ModelRunner
 from minigpt.engine.sampler import sample
 from minigpt.engine.scheduler import Chunk, Scheduler
 from minigpt.engine.sequence import Sequence
+from minigpt.engine.shaping import Shaping
+from minigpt.engine.structured import GrammarCompiler
 from minigpt.engine.validate import check_request
 from minigpt.model.decoder import Decoder
 
@@ -60,6 +64,7 @@ class Engine:
         assert config.kv_cache_bytes != "auto"
         assert config.context_length != "auto"
         self.config = config
+        self.vocabulary = vocabulary
         self._context_length = config.context_length
         self._model_config = model.config
         self._model_id = model_id
@@ -77,6 +82,9 @@ class Engine:
         eos = (model.config.eos_token_id, vocabulary.eos_token_id, *ends)
         self._eos_token_ids = tuple(dict.fromkeys(t for t in eos if t is not None))
         self._output = OutputProcessor(vocabulary, self._eos_token_ids)
+        self._grammars = GrammarCompiler(vocabulary, self._eos_token_ids)
+        self._held: dict[str, Future[Any]] = {}
+        """Requests that are not scheduled yet: their grammars are being compiled."""
         self._requests: dict[str, list[Sequence]] = {}
         """The unfinished sequences of each request."""
         self._pending: list[Delta] = []
@@ -140,14 +148,13 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to hand over."""
-        return self._scheduler.has_work or bool(self._pending)
+        return self._scheduler.has_work or bool(self._pending) or bool(self._held)
 
-    def add(self, request: Request) -> None:
-        """Queue a request.
+    def check(self, request: Request) -> None:
+        """Refuse what can't be served, now or ever; changes nothing and is thread-safe.
 
         Raises:
-            RequestError: It can't be served, now or ever: a bad parameter, a token outside the
-                vocabulary, too long, or an id that is in use. Nothing was queued.
+            RequestError: A bad parameter, a token outside the vocabulary, or too long.
         """
         check_request(
             request,
@@ -155,10 +162,20 @@ class Engine:
             context_length=self._context_length,
             max_logprobs=self.config.max_logprobs,
         )
+        tokens = len(request.prompt_token_ids) + max(request.sampling.max_tokens, 1) - 1
+        self._scheduler.check_fits(tokens)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: As `check`, or its id is in use. Nothing was queued.
+        """
+        self.check(request)
         if request.id in self._requests:
             raise RequestError(f"request id {request.id!r} is in use", remedy="choose another")
-        self._scheduler.check_fits(len(request.prompt_token_ids) + request.sampling.max_tokens - 1)
-        seed = request.sampling.seed
+        sampling = request.sampling
+        seed = sampling.seed
         seed = self._seeds.getrandbits(64) if seed is None else seed
         sequences = [
             Sequence.from_request(request, index, next(self._arrivals), seed)
@@ -168,15 +185,20 @@ class Engine:
         now = self._clock.monotonic()
         for sequence in sequences:
             sequence.arrived_seconds = now
-            self._scheduler.add(sequence)
+            sequence.shaping = Shaping.of(sampling, request.prompt_token_ids, self._eos_token_ids)
+            if sampling.structured is None:
+                self._scheduler.add(sequence)
+        if sampling.structured is not None:
+            self._held[request.id] = self._grammars.compile(sampling.structured)
 
     def abort(self, request_id: str) -> None:
         """Drop a request at once; unknown and finished ones are ignored.
 
         The next `step` reports its unfinished sequences with finish reason "abort".
         """
+        held = self._held.pop(request_id, None) is not None
         for sequence in tuple(self._requests.get(request_id, ())):
-            self._finish(sequence)
+            self._finish(sequence, scheduled=not held)
             self._pending.append(self._output.close(sequence, "abort"))
 
     def step(self) -> list[Delta]:
@@ -189,6 +211,7 @@ class Engine:
             What each sequence gained, at most one delta a sequence; with nothing to do, none.
         """
         started = self._clock.monotonic()
+        self._release_compiled()
         deltas, self._pending = self._pending, []
         batch = self._scheduler.schedule()
         if not batch.chunks:
@@ -251,9 +274,12 @@ class Engine:
             if choice is None:
                 deltas.append(self._fail(sequence, "the model's logits are not finite"))
                 continue
-            delta = self._output.extend(sequence, choice)
-            self._generation_tokens += 1
-            if sequence.index == 0 and sequence.num_output_tokens == 1:
+            if sequence.sampling.max_tokens:
+                delta = self._output.extend(sequence, choice)
+                self._generation_tokens += 1
+            else:
+                delta = self._output.answer_prompt(sequence)
+            if sequence.index == 0 and sequence.num_output_tokens <= 1:
                 self._prompt_tokens += sequence.num_prompt_tokens
             if delta.finish_reason is not None:
                 self._finish(sequence)
@@ -265,8 +291,26 @@ class Engine:
         self._finish(sequence)
         return self._output.close(sequence, "error", error)
 
-    def _finish(self, sequence: Sequence) -> None:
-        self._scheduler.finish(sequence)
+    def _release_compiled(self) -> None:
+        """Schedule the requests whose grammars are compiled; with nothing else to do, wait."""
+        for request_id, compiled in tuple(self._held.items()):
+            if not compiled.done() and (self._scheduler.has_work or self._pending):
+                continue
+            error = compiled.exception()
+            del self._held[request_id]
+            for sequence in tuple(self._requests[request_id]):
+                if error is not None:
+                    self._finish(sequence, scheduled=False)
+                    self._pending.append(self._output.close(sequence, "error", str(error)))
+                    continue
+                assert sequence.shaping is not None
+                sequence.shaping.grammar = self._grammars.state(compiled.result())
+                sequence.arrival = next(self._arrivals)
+                self._scheduler.add(sequence)
+
+    def _finish(self, sequence: Sequence, *, scheduled: bool = True) -> None:
+        if scheduled:
+            self._scheduler.finish(sequence)
         siblings = self._requests[sequence.request_id]
         siblings.remove(sequence)
         if not siblings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from minigpt.api.requests import Delta, FinishReason, TokenLogprob
-from minigpt.engine.sampler import Sampled
+from minigpt.engine.choice import Sampled
 from minigpt.engine.sequence import Sequence
 
 
@@ -41,21 +41,46 @@ class OutputProcessor:
             token in self._eos_token_ids and not sampling.ignore_eos
         )
         full = sequence.num_output_tokens >= sampling.max_tokens
-        text = sequence.text.push(b"" if ends else self._bytes(token), final=ends or full)
+        if sequence.shaping is not None and not ends:
+            sequence.shaping.observe(token)
+        complete = sequence.shaping is not None and sequence.shaping.complete
+        text = sequence.text.push(
+            b"" if ends else self._bytes(token),
+            final=ends or full or complete,
+            stops=sequence.num_output_tokens >= sampling.min_tokens,
+        )
         reason: FinishReason | None = None
-        if ends or sequence.text.stopped:
+        if ends or complete or sequence.text.stopped:
             reason = "stop"
         elif full:
             reason = "length"
+        first = sequence.num_output_tokens == 1
         return Delta(
             request_id=sequence.request_id,
             index=sequence.index,
             token_ids=[token],
             text=text,
-            logprobs=self._logprobs(sampled),
+            logprobs=None if sampled.logprob is None else [self._logprob(sampled)],
+            prompt_logprobs=self._prompt_logprobs(sequence) if first else None,
             finish_reason=reason,
             prompt_tokens=sequence.num_prompt_tokens,
-            queue_seconds=sequence.queue_seconds if sequence.num_output_tokens == 1 else None,
+            queue_seconds=sequence.queue_seconds if first else None,
+        )
+
+    def answer_prompt(self, sequence: Sequence) -> Delta:
+        """End a sequence that generates nothing, once its prompt is computed."""
+        reader = sequence.reader
+        embedding = None if reader is None else reader.embedding()
+        return Delta(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            token_ids=[],
+            text="",
+            prompt_logprobs=self._prompt_logprobs(sequence),
+            embedding=embedding,
+            finish_reason="length" if embedding is None else "stop",
+            prompt_tokens=sequence.num_prompt_tokens,
+            queue_seconds=sequence.queue_seconds,
         )
 
     def close(self, sequence: Sequence, reason: FinishReason, error: str = "") -> Delta:
@@ -79,9 +104,13 @@ class OutputProcessor:
     def _spell(self, token_id: int) -> str:
         return self._bytes(token_id).decode("utf-8", "replace")
 
-    def _logprobs(self, sampled: Sampled) -> list[TokenLogprob] | None:
-        if sampled.logprob is None:
+    def _prompt_logprobs(self, sequence: Sequence) -> list[TokenLogprob] | None:
+        reader = sequence.reader
+        if reader is None or reader.num_logprobs is None:
             return None
+        return [self._logprob(score) for score in reader.scores]
+
+    def _logprob(self, sampled: Sampled) -> TokenLogprob:
+        assert sampled.logprob is not None
         top = tuple((token, self._spell(token), value) for token, value in sampled.top)
-        token = sampled.token_id
-        return [TokenLogprob(token, self._spell(token), sampled.logprob, top)]
+        return TokenLogprob(sampled.token_id, self._spell(sampled.token_id), sampled.logprob, top)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from minigpt.engine.paged_attention import KVCache, PagedAttention
+from minigpt.engine.prompt_scores import read_prompt
 from minigpt.engine.scheduler import Chunk
 from minigpt.engine.sequence import Sequence
 from minigpt.model.decoder import Decoder
@@ -53,13 +54,18 @@ class ModelRunner:
         positions: list[int] = []
         last_rows: list[int] = []
         sampled: list[Sequence] = []
+        read: list[tuple[int, Chunk]] = []
         for chunk in ordered:
+            if chunk.sequence.reader is not None:
+                read.append((len(tokens), chunk))
             tokens += chunk.sequence.token_ids[chunk.start : chunk.stop]
             positions += range(chunk.start, chunk.stop)
             if chunk.samples:
                 last_rows.append(len(tokens) - 1)
                 sampled.append(chunk.sequence)
         hidden = self._model(self._tensor(tokens)[None], self._tensor(positions)[None], attention)
+        for row, chunk in read:
+            read_prompt(hidden[0, row : row + chunk.length], chunk, self._model.logits)
         if not sampled:
             return hidden.new_empty(0, self._model.config.vocab_size, dtype=torch.float32), []
         last = hidden[0].index_select(0, self._tensor(last_rows))  # (S, C)

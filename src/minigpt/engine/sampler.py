@@ -1,4 +1,8 @@
-"""Choose the next tokens from logits; random numbers depend on (seed, index, position) alone."""
+"""Choose the next tokens from logits; random numbers depend on (seed, index, position) alone.
+
+Order, for each row: what `penalties.shape` does; temperature; min-p; top-k; top-p over what is
+left; one draw. Log-probabilities are the model's own, before all of it.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +10,19 @@ import hashlib
 import math
 import struct
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from minigpt.engine.choice import Sampled
+from minigpt.engine.penalties import shape
 from minigpt.engine.sequence import Sequence
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would overflow."""
 
-_NUCLEUS_CANDIDATES = 1024
-"""Tokens among which a top-p set is first sought: finding them costs far less than a sort."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A chosen token, and where asked for, log-probabilities at temperature 1."""
-
-    token_id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    """(token id, log-probability) of the likeliest tokens, best first."""
+_BLOCK = 256
+"""Weights that are summed together when drawing."""
 
 
 def uniform(seed: int, index: int, position: int) -> float:
@@ -59,15 +54,14 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled | No
     assert logits.dtype is torch.float32
     assert logits.shape[0] == len(sequences)
     finite = logits.sum(dim=-1).isfinite().tolist()
-    tokens = logits.argmax(dim=-1)
-    random_rows = [
-        row
-        for row, sequence in enumerate(sequences)
-        if finite[row] and sequence.sampling.temperature >= GREEDY_BELOW
-    ]
-    if random_rows:
-        chosen = _draw(logits[random_rows], [sequences[row] for row in random_rows])
-        tokens[random_rows] = chosen
+    shaped = [row for row, s in enumerate(sequences) if s.shaping is not None and finite[row]]
+    plain = [good and s.shaping is None for good, s in zip(finite, sequences, strict=True)]
+    tokens = _choose(logits, sequences, plain)
+    if shaped:
+        theirs = [sequences[row] for row in shaped]
+        copies = logits[shaped]
+        shape(copies, theirs)
+        tokens[shaped] = _choose(copies, theirs, [True] * len(shaped))
     sampled: list[Sampled | None] = [
         Sampled(token) if good else None
         for token, good in zip(tokens.tolist(), finite, strict=True)
@@ -76,52 +70,119 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled | No
     return sampled
 
 
+def _choose(logits: Tensor, sequences: SequenceOf[Sequence], usable: SequenceOf[bool]) -> Tensor:
+    """Return a token a row, the likeliest or a drawn one; of rows not usable 0."""
+    greedy: list[int] = []
+    drawn: list[int] = []
+    for row, sequence in enumerate(sequences):
+        if usable[row]:
+            (greedy if sequence.sampling.temperature < GREEDY_BELOW else drawn).append(row)
+    tokens = torch.zeros(len(sequences), dtype=torch.int64, device=logits.device)
+    if greedy:
+        tokens[greedy] = _rows(logits, greedy).argmax(dim=-1)
+    if drawn:
+        tokens[drawn] = _draw(_rows(logits, drawn), [sequences[row] for row in drawn])
+    return tokens
+
+
+def _rows(logits: Tensor, rows: list[int]) -> Tensor:
+    """Select rows, without a copy where that is all of them: a vocabulary is wide."""
+    return logits if len(rows) == len(logits) else logits[rows]
+
+
 def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
-    """Sample a token a row by the inverse of the cumulative distribution."""
+    """Sample a token a row; `logits` stays as it is."""
     temperatures = [s.sampling.temperature for s in sequences]
     logits = logits / logits.new_tensor(temperatures).unsqueeze(-1)
-    logits = _keep_top_k(logits, [s.sampling.top_k for s in sequences])
+    _keep_min_p(logits, [s.sampling.min_p for s in sequences])
+    _keep_top_k(logits, [s.sampling.top_k for s in sequences])
     probabilities = logits.softmax(dim=-1)
-    probabilities = _keep_top_p(probabilities, [s.sampling.top_p for s in sequences])
-    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1]
+    _keep_top_p(probabilities, [s.sampling.top_p for s in sequences])
     draws = [uniform(s.seed, s.index, s.num_output_tokens) for s in sequences]
-    # Below the total, or rounding could point past the last token of non-zero probability.
-    target = torch.minimum(
-        total * torch.tensor(draws, dtype=torch.float64, device=total.device),
-        total.nextafter(torch.zeros_like(total)),
-    )
-    return torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)
+    uniforms = torch.tensor(draws, dtype=torch.float64, device=logits.device)
+    return _invert(probabilities, uniforms.unsqueeze(-1))
 
 
-def _keep_top_k(logits: Tensor, top_k: SequenceOf[int]) -> Tensor:
+def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Return where the cumulative sum of each row passes a share of its total.
+
+    First among sums of blocks, then within one: a cumulative sum of the whole vocabulary in
+    float64 would cost several times as much as all the rest of drawing.
+
+    Args:
+        weights: (B, V) float32, not negative, each row's sum positive.
+        uniforms: (B, 1) float64 in [0, 1).
+
+    Returns:
+        (B,) places of positive weight.
+    """
+    rows, vocab_size = weights.shape
+    whole = vocab_size // _BLOCK * _BLOCK
+    blocks = weights[:, :whole].view(rows, whole // _BLOCK, _BLOCK).sum(dim=-1)
+    sums = torch.cat([blocks, weights[:, whole:].sum(dim=-1, keepdim=True)], dim=-1).double()
+    cumulative = sums.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    target = torch.minimum(uniforms * total, _below(total))
+    block = torch.searchsorted(cumulative, target, right=True)
+    target = target - (cumulative - sums).gather(-1, block)
+    places = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)
+    inside = weights.gather(-1, places.clamp(max=vocab_size - 1)).double()
+    inside = inside.masked_fill(places >= vocab_size, 0).cumsum(dim=-1)
+    # The two sums of a block differ in their last bits.
+    target = torch.minimum(target, _below(inside[:, -1:]))
+    return (block * _BLOCK + torch.searchsorted(inside, target, right=True)).squeeze(-1)
+
+
+def _below(values: Tensor) -> Tensor:
+    """Return the next smaller numbers: rounding must not point past the last positive weight."""
+    return values.nextafter(torch.zeros_like(values))
+
+
+# These three work in place.
+
+
+def _keep_min_p(logits: Tensor, min_p: SequenceOf[float]) -> None:
+    """Set to -inf what is less likely than `min_p[row]` times the likeliest (arXiv 2407.01082)."""
+    if not any(min_p):
+        return
+    shares = logits.new_tensor(min_p).unsqueeze(-1)
+    least = logits.amax(dim=-1, keepdim=True) + shares.log()
+    logits.masked_fill_(logits < least, -math.inf)
+
+
+def _keep_top_k(logits: Tensor, top_k: SequenceOf[int]) -> None:
     """Set all but the `top_k[row]` largest logits to -inf (equals of the last one stay)."""
     vocab_size = logits.shape[-1]
     rows = [row for row, k in enumerate(top_k) if 0 < k < vocab_size]
     if not rows:
-        return logits
-    largest = logits[rows].topk(max(top_k[row] for row in rows)).values
+        return
+    largest = _rows(logits, rows).topk(max(top_k[row] for row in rows)).values
     last = torch.tensor([top_k[row] - 1 for row in rows], device=logits.device)
     threshold = logits.new_full((len(top_k), 1), -math.inf)
     threshold[rows] = largest.gather(-1, last.unsqueeze(-1))
-    return logits.masked_fill(logits < threshold, -math.inf)
+    logits.masked_fill_(logits < threshold, -math.inf)
 
 
-def _keep_top_p(probabilities: Tensor, top_p: SequenceOf[float]) -> Tensor:
-    """Zero all but the smallest set of tokens whose probability reaches `top_p[row]`."""
-    rows = [row for row, p in enumerate(top_p) if p < 1]
-    if not rows:
-        return probabilities
+def _keep_top_p(probabilities: Tensor, top_p: SequenceOf[float]) -> None:
+    """Zero all but the smallest set of tokens whose probability reaches `top_p[row]`.
+
+    Sorting a vocabulary costs far more than anything else here, so only the tokens above a bound
+    are sorted; if those do not reach `top_p`, the bound is lowered. Below the last one a whole
+    vocabulary holds less than what may be left out.
+    """
     vocab_size = probabilities.shape[-1]
-    wanted = probabilities.new_tensor([top_p[row] for row in rows]).unsqueeze(-1)
-    candidates = probabilities[rows].topk(min(_NUCLEUS_CANDIDATES, vocab_size)).values
-    if bool((candidates.sum(dim=-1, keepdim=True) < wanted).any()):
-        candidates = probabilities[rows].sort(dim=-1, descending=True).values
-    before = candidates.cumsum(dim=-1) - candidates
-    last = (before < wanted).sum(dim=-1, keepdim=True).clamp(min=1) - 1
-    threshold = probabilities.new_zeros(len(top_p), 1)
-    threshold[rows] = candidates.gather(-1, last)
-    return probabilities.masked_fill(probabilities < threshold, 0)
+    for row, wanted in enumerate(top_p):
+        if wanted >= 1:
+            continue
+        its = probabilities[row]
+        for share in (64, 2048, 2 * vocab_size):
+            candidates = its[its >= (1 - wanted) / share]
+            if len(candidates) and float(candidates.sum()) >= wanted:
+                break
+        candidates = candidates.sort(descending=True).values
+        before = candidates.cumsum(dim=-1) - candidates
+        last = (before < wanted).sum().clamp(min=1) - 1
+        its.masked_fill_(its < candidates[last], 0)
 
 
 def _add_logprobs(

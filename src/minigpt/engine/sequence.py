@@ -7,6 +7,8 @@ from enum import Enum
 
 from minigpt.api.requests import FinishReason, Request, SamplingParams
 from minigpt.engine.detokenizer import TextStream
+from minigpt.engine.prompt import PromptReader
+from minigpt.engine.shaping import Shaping
 
 
 class SequenceStatus(Enum):
@@ -43,6 +45,11 @@ class Sequence:
     queue_seconds: float | None = None
     """How long it waited for its first step; None until then."""
     finish_reason: FinishReason | None = None
+    shaping: Shaping | None = None
+    """Bias, penalties and masks; None where there are none."""
+    reader: PromptReader | None = None
+    """What is wanted of every position of the prompt; None where nothing is. With one, no
+    position may be taken from a cache: each must be computed."""
 
     @classmethod
     def from_request(cls, request: Request, index: int, arrival: int, seed: int) -> Sequence:
@@ -56,6 +63,7 @@ class Sequence:
             token_ids=list(request.prompt_token_ids),
             num_prompt_tokens=len(request.prompt_token_ids),
             text=TextStream(request.sampling.stop),
+            reader=PromptReader.of(request),
         )
 
     @property
@@ -76,4 +84,4 @@ class Sequence:
     @property
     def most_cached_tokens(self) -> int:
         """Most tokens that this sequence can ever have in the cache (the last is never read)."""
-        return self.num_prompt_tokens + self.sampling.max_tokens - 1
+        return self.num_prompt_tokens + max(self.sampling.max_tokens, 1) - 1

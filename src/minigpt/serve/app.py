@@ -9,13 +9,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from minigpt.api.body import Body, parse_body
+from minigpt.api.embeddings import EmbeddingBody
 from minigpt.api.openai import (
-    Body,
     ChatCompletionBody,
     CompletionBody,
     DetokenizeBody,
     TokenizeBody,
-    parse_body,
 )
 from minigpt.api.openai_responses import ModelList, encode
 from minigpt.core.errors import RequestError
@@ -29,6 +29,7 @@ from minigpt.serve.http import (
 )
 from minigpt.serve.metrics import ServeMetrics
 from minigpt.serve.render import ChatRenderer, CompletionRenderer
+from minigpt.serve.render_embeddings import EmbeddingRenderer
 from minigpt.serve.service import Service
 from minigpt.serve.supervisor import Supervisor
 
@@ -70,7 +71,7 @@ def _add_generation(app: FastAPI, config: ServeConfig, service: Service) -> None
         job = await service.complete(body)
         return GenerationResponse(
             job,
-            CompletionRenderer(job, include_usage=body.include_usage),
+            CompletionRenderer(job, service.tokenizer, include_usage=body.include_usage),
             stream=bool(body.stream),
             include_usage=body.include_usage,
         )
@@ -86,6 +87,16 @@ def _add_generation(app: FastAPI, config: ServeConfig, service: Service) -> None
             stream=bool(body.stream),
             include_usage=body.include_usage,
         )
+
+    @app.post("/v1/embeddings", openapi_extra=_body_schema(EmbeddingBody))
+    async def embeddings(request: Request) -> Response:
+        """Turn texts into vectors."""
+        body = parse_body(EmbeddingBody, await read_body(request, config.max_body_bytes))
+        job = await service.embed(body)
+        renderer = EmbeddingRenderer(
+            job, base64=body.encoding_format == "base64", normalize=body.normalize is not False
+        )
+        return GenerationResponse(job, renderer, stream=False, include_usage=False)
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

@@ -213,4 +213,5 @@ def _merge(first: Delta, second: Delta) -> Delta:
         token_ids=first.token_ids + second.token_ids,
         text=first.text + second.text,
         logprobs=logprobs,
+        prompt_logprobs=first.prompt_logprobs,
     )

@@ -22,10 +22,12 @@ from minigpt.api.openai_responses import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
     TopLogprob,
     Usage,
 )
-from minigpt.api.requests import TokenLogprob
+from minigpt.api.requests import Delta, TokenLogprob
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.serve.engine_client import Update
 from minigpt.serve.service import Job
@@ -55,8 +57,9 @@ class Renderer(Protocol):
 class _Base:
     """What both renderers share."""
 
-    def __init__(self, job: Job, *, include_usage: bool) -> None:
+    def __init__(self, job: Job, tokenizer: Tokenizer, *, include_usage: bool) -> None:
         self._job = job
+        self._tokenizer = tokenizer
         self._chunk_usage: UnsetType | None = None if include_usage else UNSET
         self._completion_tokens = 0
 
@@ -69,15 +72,26 @@ class _Base:
     def _count(self, updates: Sequence[Update]) -> None:
         self._completion_tokens += sum(len(delta.token_ids) for _, delta in updates)
 
+    def _prompt_logprobs(self, delta: Delta) -> PromptLogprobs | UnsetType:
+        """Render vLLM's `prompt_logprobs`, where the client asked for it."""
+        if self._job.prompt_logprobs is None or delta.prompt_logprobs is None:
+            return UNSET
+        result: PromptLogprobs = [None]
+        for token in delta.prompt_logprobs:
+            top = token.top[: self._job.prompt_logprobs]
+            entries = {token.token_id: PromptLogprob(token.logprob, token.token)}
+            result.append(entries | {i: PromptLogprob(value, text) for i, text, value in top})
+        return result
+
 
 class CompletionRenderer(_Base):
     """Renders `/v1/completions`."""
 
-    def __init__(self, job: Job, *, include_usage: bool) -> None:
-        super().__init__(job, include_usage=include_usage)
-        per_prompt = job.generation.requests[0].n
+    def __init__(self, job: Job, tokenizer: Tokenizer, *, include_usage: bool) -> None:
+        super().__init__(job, tokenizer, include_usage=include_usage)
+        self._per_prompt = job.generation.requests[0].n
         self._echo = {
-            choice: job.echo[choice // per_prompt]
+            choice: job.echo[choice // self._per_prompt]
             for choice in range(job.generation.num_choices if job.echo else 0)
         }
         self._offsets = [0] * job.generation.num_choices
@@ -109,24 +123,51 @@ class CompletionRenderer(_Base):
         return [
             CompletionChoice(
                 index=index,
+                logprobs=self._logprobs(index, delta),  # before the echo is taken
                 text=self._echo.pop(index, "") + delta.text,
-                logprobs=None if delta.logprobs is None else self._logprobs(index, delta.logprobs),
                 finish_reason=delta.finish_reason,
+                prompt_logprobs=self._prompt_logprobs(delta),
             )
             for index, delta in updates
         ]
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> CompletionLogprobs:
+    def _logprobs(self, index: int, delta: Delta) -> CompletionLogprobs | None:
+        """Render a delta's log-probabilities, those of an echoed prompt first."""
+        request = self._job.generation.requests[index // self._per_prompt]
+        count = request.sampling.logprobs
+        echoed = count is not None and index in self._echo and delta.prompt_logprobs is not None
+        if not echoed and delta.logprobs is None:
+            return None
         result = CompletionLogprobs([], [], [], [])
-        for token in tokens:
-            result.tokens.append(token.token)
-            result.token_logprobs.append(token.logprob)
-            result.top_logprobs.append(
-                {text: logprob for _, text, logprob in token.top} | {token.token: token.logprob}
-            )
-            result.text_offset.append(self._offsets[index])
-            self._offsets[index] += len(token.token)
+        if echoed:
+            first = self._tokenizer.token_bytes(request.prompt_token_ids[0])
+            self._append(result, index, first.decode("utf-8", "replace"), None, None)
+            for token in delta.prompt_logprobs or ():
+                self._append(result, index, token.token, token.logprob, token.top[:count])
+            self._offsets[index] = len(self._echo[index])
+        for token in delta.logprobs or ():
+            self._append(result, index, token.token, token.logprob, token.top)
         return result
+
+    def _append(
+        self,
+        result: CompletionLogprobs,
+        index: int,
+        text: str,
+        logprob: float | None,
+        top: Sequence[tuple[int, str, float]] | None,
+    ) -> None:
+        result.tokens.append(text)
+        result.token_logprobs.append(logprob)
+        if logprob is None or top is None:
+            result.top_logprobs.append(None)
+        else:
+            # Several tokens may be spelled alike (pieces of characters): the likeliest counts.
+            alternatives = {other: value for _, other, value in reversed(top)}
+            alternatives[text] = max(logprob, alternatives.get(text, logprob))
+            result.top_logprobs.append(alternatives)
+        result.text_offset.append(self._offsets[index])
+        self._offsets[index] += len(text)
 
     def _completion(
         self, choices: list[CompletionChoice], usage: Usage | UnsetType | None
@@ -139,8 +180,7 @@ class ChatRenderer(_Base):
     """Renders `/v1/chat/completions`."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer, *, include_usage: bool) -> None:
-        super().__init__(job, include_usage=include_usage)
-        self._tokenizer = tokenizer
+        super().__init__(job, tokenizer, include_usage=include_usage)
         self._introduced: set[int] = set()
 
     def chunks(self, updates: Sequence[Update]) -> list[Struct]:
@@ -171,7 +211,11 @@ class ChatRenderer(_Base):
             choice.finish_reason = piece.finish_reason
         job = self._job
         ordered = [choices[index] for index in sorted(choices)]
-        return ChatCompletion(job.id, job.created, job.model, job.fingerprint, ordered, self.usage)
+        firsts = (self._prompt_logprobs(delta) for index, delta in updates if index == 0)
+        prompt = next((entries for entries in firsts if entries is not UNSET), UNSET)
+        return ChatCompletion(
+            job.id, job.created, job.model, job.fingerprint, ordered, self.usage, prompt
+        )
 
     def _pieces(self, updates: Sequence[Update]) -> list[ChatChunkChoice]:
         self._count(updates)

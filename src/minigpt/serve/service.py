@@ -6,14 +6,16 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import msgspec
+
+from minigpt.api.embeddings import EmbeddingBody
 from minigpt.api.openai import (
     ChatCompletionBody,
     CompletionBody,
     DetokenizeBody,
-    GenerationBody,
     TokenizeBody,
 )
 from minigpt.api.openai_responses import Model
@@ -21,6 +23,7 @@ from minigpt.api.requests import Ready, Request, SamplingParams
 from minigpt.core.errors import RequestError
 from minigpt.data.chat_template import ChatTemplate
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.engine.structured import check_structured
 from minigpt.engine.validate import check_request
 from minigpt.serve.engine_client import EngineClient, Generation
 
@@ -43,6 +46,8 @@ class Job:
     generation: Generation
     echo: tuple[str, ...] = ()
     """Text to put before each choice, where the client asked for it."""
+    prompt_logprobs: int | None = None
+    """Alternatives to list in `prompt_logprobs`, where the client asked for that field."""
 
 
 class Service:
@@ -100,7 +105,7 @@ class Service:
         Raises:
             RequestError: 4xx, or 503 while there is no engine.
         """
-        ready = self._admit(body)
+        ready = self._admit(body.model)
         prompts = body.prompt
         if len(prompts) * body.choices > _MAX_CHOICES_PER_CALL:
             raise RequestError(
@@ -109,24 +114,30 @@ class Service:
                 param="prompt",
                 remedy="send several requests",
             )
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        tokens = [prompt for prompt in prompts if not isinstance(prompt, str)]
-        if texts:
-            tokens = await _off_loop(
-                lambda: [self.tokenizer.encode(text, bos=True) for text in texts],
-                sum(map(len, texts)),
-            )
-            tokens = [prompt or self._empty_prompt() for prompt in tokens]
-        echo: tuple[str, ...] = ()
+        tokens = await self._encode(prompts)
         limit = body.max_tokens
-        samplings = [
-            body.sampling(limit or min(_DEFAULT_COMPLETION_TOKENS, _room(ready, prompt)))
+        requests = [
+            Request(
+                id="",
+                prompt_token_ids=prompt,
+                sampling=body.sampling(
+                    min(_DEFAULT_COMPLETION_TOKENS, _room(ready, prompt))
+                    if limit is None
+                    else limit
+                ),
+                n=body.choices,
+            )
             for prompt in tokens
         ]
-        self._check(ready, body, tokens, samplings)
+        await self._check(ready, requests)
+        echo: tuple[str, ...] = ()
         if body.echo:
-            echo = tuple(texts) if texts else tuple(self.tokenizer.decode(t) for t in tokens)
-        return self._submit("cmpl", ready, body, tokens, samplings, echo)
+            echo = tuple(
+                prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+                for prompt in prompts
+            )
+        job = self._submit("cmpl", ready, requests)
+        return replace(job, echo=echo, prompt_logprobs=body.prompt_logprobs)
 
     async def chat(self, body: ChatCompletionBody) -> Job:
         """Start the answers to `/v1/chat/completions`.
@@ -134,7 +145,7 @@ class Service:
         Raises:
             RequestError: As `complete`.
         """
-        ready = self._admit(body)
+        ready = self._admit(body.model)
         # Templates know "system"; "developer" is OpenAI's newer name for it.
         messages = [
             {"role": "system" if m.role == "developer" else m.role, "content": m.text}
@@ -144,8 +155,35 @@ class Service:
             lambda: self._chat_template.encode(messages), sum(len(m["content"]) for m in messages)
         )
         sampling = body.sampling(body.token_limit or _room(ready, prompt))
-        self._check(ready, body, [prompt], [sampling])
-        return self._submit("chatcmpl", ready, body, [prompt], [sampling])
+        requests = [Request(id="", prompt_token_ids=prompt, sampling=sampling, n=body.choices)]
+        await self._check(ready, requests)
+        job = self._submit("chatcmpl", ready, requests)
+        return replace(job, prompt_logprobs=body.prompt_logprobs)
+
+    async def embed(self, body: EmbeddingBody) -> Job:
+        """Start the answers to `/v1/embeddings`.
+
+        Raises:
+            RequestError: As `complete`.
+        """
+        ready = self._admit(body.model)
+        if len(body.input) > _MAX_CHOICES_PER_CALL:
+            raise RequestError(
+                f"{len(body.input)} inputs are more than {_MAX_CHOICES_PER_CALL}",
+                param="input",
+                remedy="send several requests",
+            )
+        requests = [
+            Request(
+                id="",
+                prompt_token_ids=prompt,
+                sampling=SamplingParams(max_tokens=0, temperature=0),
+                pooling=body.pooling or "mean",
+            )
+            for prompt in await self._encode(body.input)
+        ]
+        await self._check(ready, requests)
+        return self._submit("embd", ready, requests)
 
     async def tokenize(self, body: TokenizeBody) -> list[int]:
         """Return the tokens of a text.
@@ -173,8 +211,8 @@ class Service:
             )
         return self.tokenizer.decode(body.tokens)
 
-    def _admit(self, body: GenerationBody) -> Ready:
-        self.check_model(body.model)
+    def _admit(self, model: str) -> Ready:
+        self.check_model(model)
         if self.draining:
             raise RequestError("the server is shutting down", status=503, code="draining")
         if self._client.ready is None:
@@ -183,45 +221,42 @@ class Service:
             )
         return self._client.ready
 
-    def _check(
-        self,
-        ready: Ready,
-        body: GenerationBody,
-        prompts: list[list[int]],
-        samplings: list[SamplingParams],
-    ) -> None:
+    async def _encode(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
+        """Return the tokens of texts as a document would begin; tokens are returned as they are."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if not texts:
+            return [prompt for prompt in prompts if not isinstance(prompt, str)]
+        encoded = await _off_loop(
+            lambda: [self.tokenizer.encode(text, bos=True) for text in texts],
+            sum(map(len, texts)),
+        )
+        return [tokens or self._empty_prompt() for tokens in encoded]
+
+    async def _check(self, ready: Ready, requests: list[Request]) -> None:
         """Refuse here what the engine would refuse, before any of the prompts is queued."""
-        for prompt, sampling in zip(prompts, samplings, strict=True):
+        for request in requests:
+            sampling = request.sampling
             check_request(
-                Request(id="", prompt_token_ids=prompt, sampling=sampling, n=body.choices),
+                request,
                 vocab_size=ready.vocab_size,
                 context_length=_context(ready),
-                max_logprobs=sampling.logprobs or 0,
+                max_logprobs=max(sampling.logprobs or 0, sampling.prompt_logprobs or 0),
             )
+        if (structured := requests[0].sampling.structured) is not None:
+            await asyncio.to_thread(check_structured, structured)
 
-    def _submit(
-        self,
-        prefix: str,
-        ready: Ready,
-        body: GenerationBody,
-        prompts: list[list[int]],
-        samplings: list[SamplingParams],
-        echo: tuple[str, ...] = (),
-    ) -> Job:
+    def _submit(self, prefix: str, ready: Ready, requests: list[Request]) -> Job:
         job_id = f"{prefix}-{uuid.uuid4().hex}"
-        requests = [
-            Request(
-                id=f"{job_id}-{number}", prompt_token_ids=prompt, sampling=sampling, n=body.choices
-            )
-            for number, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
+        named = [
+            msgspec.structs.replace(request, id=f"{job_id}-{number}")
+            for number, request in enumerate(requests)
         ]
         return Job(
             id=job_id,
             created=int(time.time()),
             model=self.model_name,
             fingerprint=f"fp_{ready.model_id[:10]}",
-            generation=self._client.submit(requests),
-            echo=echo,
+            generation=self._client.submit(named),
         )
 
     def _empty_prompt(self) -> list[int]:
