@@ -14,8 +14,11 @@ from minigpt.core.errors import RequestError
 from minigpt.core.machine import describe_machine
 from minigpt.engine.blocks import BlockManager
 from minigpt.engine.config import EngineConfig
+from minigpt.engine.cost_model import Pacer
+from minigpt.engine.fairness import FairQueue
 from minigpt.engine.output import OutputProcessor, Vocabulary
 from minigpt.engine.packing import pack_weights
+from minigpt.engine.prefix_cache import prefix_root
 from minigpt.engine.resolve import (
     check_weights_fit,
     kv_bytes_per_token,
@@ -66,7 +69,22 @@ class Engine:
         self._clock = clock or SystemClock()
         per_block = kv_bytes_per_token(config, model.config) * config.block_size
         blocks = BlockManager(config.kv_cache_bytes // per_block, config.block_size)
-        self._scheduler = Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens)
+        target = config.inter_token_target_ms
+        self._pacer = Pacer(None if target == "auto" else target / 1000)
+        self._scheduler = Scheduler(
+            blocks,
+            config.max_num_seqs,
+            config.max_batched_tokens,
+            queue=FairQueue(
+                config.tenant_weights,
+                input_weight=config.input_token_weight,
+                output_weight=config.output_token_weight,
+            ),
+            pacer=self._pacer,
+            prefix_cache=config.prefix_cache,
+            priority_step_tokens=config.priority_step_tokens,
+        )
+        self._prefix_root = prefix_root(model_id)
         self._runner = ModelRunner(
             model,
             num_blocks=blocks.num_blocks,
@@ -161,7 +179,7 @@ class Engine:
         seed = request.sampling.seed
         seed = self._seeds.getrandbits(64) if seed is None else seed
         sequences = [
-            Sequence.from_request(request, index, next(self._arrivals), seed)
+            Sequence.from_request(request, index, next(self._arrivals), seed, self._prefix_root)
             for index in range(request.n)
         ]
         self._requests[request.id] = sequences
@@ -196,9 +214,11 @@ class Engine:
         for chunk in batch.chunks:
             if chunk.sequence.queue_seconds is None:
                 chunk.sequence.queue_seconds = started - chunk.sequence.arrived_seconds
+        self._runner.copy_blocks(batch.copies)
         deltas += self._run(batch.chunks)
         self._steps += 1
         seconds = self._clock.monotonic() - started
+        self._pacer.model.observe(batch.work, seconds)
         decode = batch.num_decode_tokens
         self._last_step = (seconds, batch.num_tokens - decode, decode)
         if not self._scheduler.has_work:
@@ -212,7 +232,7 @@ class Engine:
         return EngineStats(
             step=self._steps,
             running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
+            waiting=len(self._scheduler.queue),
             kv_blocks_used=blocks.num_used,
             kv_blocks_total=blocks.num_blocks,
             prompt_tokens=self._prompt_tokens,
@@ -221,6 +241,8 @@ class Engine:
             last_step_seconds=seconds,
             last_step_prefill_tokens=prefill_tokens,
             last_step_decode_tokens=decode_tokens,
+            prefix_cache_queries=self._scheduler.num_prefix_queries,
+            prefix_cache_hits=self._scheduler.num_prefix_hits,
         )
 
     def ready(self) -> Ready:
@@ -261,7 +283,7 @@ class Engine:
         return deltas
 
     def _fail(self, sequence: Sequence, error: str) -> Delta:
-        self._runner.clear(sequence)
+        self._runner.clear(self._scheduler.poison(sequence))
         self._finish(sequence)
         return self._output.close(sequence, "error", error)
 
