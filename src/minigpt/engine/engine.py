@@ -12,6 +12,7 @@ from minigpt.api.requests import Delta, EngineStats, Ready, Request
 from minigpt.core.clock import Clock, SystemClock
 from minigpt.core.errors import RequestError
 from minigpt.core.machine import describe_machine
+from minigpt.core.storage import is_remote
 from minigpt.engine.blocks import BlockManager
 from minigpt.engine.config import EngineConfig
 from minigpt.engine.cost_model import Pacer
@@ -19,12 +20,8 @@ from minigpt.engine.fairness import FairQueue
 from minigpt.engine.output import OutputProcessor, Vocabulary
 from minigpt.engine.packing import pack_weights
 from minigpt.engine.prefix_cache import prefix_root
-from minigpt.engine.resolve import (
-    check_weights_fit,
-    kv_bytes_per_token,
-    resolve_memory,
-    resolve_numerics,
-)
+from minigpt.engine.preflight import plan_memory
+from minigpt.engine.resolve import kv_bytes_per_token, resolve_memory, resolve_numerics
 from minigpt.engine.runner import ModelRunner
 from minigpt.engine.sampler import sample
 from minigpt.engine.scheduler import Chunk, Scheduler
@@ -139,17 +136,15 @@ class Engine:
         )
         assert config.threads != "auto"
         torch.set_num_threads(config.threads)
-        if config.device == "cpu":
-            check_weights_fit(Path(path), describe_machine().memory_available)
+        if not is_remote(path):
+            plan_memory(
+                Path(path), config, available=_free_memory(config), report=lambda line: None
+            )
         loaded = load_model(path, dtype=config.dtype, device=config.device)
         tokenizer = Tokenizer.load(loaded.path)
         check_vocab(loaded.config, tokenizer.vocab_size)
         pack_weights(loaded.model)
-        available = (
-            torch.cuda.mem_get_info()[0]
-            if config.device == "cuda"
-            else describe_machine().memory_available
-        )
+        available = _free_memory(config)
         config = resolve_memory(config, loaded.config, available=available, report=log.info)
         engine = cls(loaded.model, tokenizer, config, model_id=loaded.id, clock=clock)
         engine._load_seconds = clock.monotonic() - started
@@ -293,3 +288,10 @@ class Engine:
         siblings.remove(sequence)
         if not siblings:
             del self._requests[sequence.request_id]
+
+
+def _free_memory(config: EngineConfig) -> int:
+    """Return the free bytes of the device."""
+    if config.device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return describe_machine().memory_available
