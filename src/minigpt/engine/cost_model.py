@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import mul, truediv
 
 MIN_CHUNK = 16
 """Tokens of prefill that a step computes at least, whatever the streams' target: prompts go on."""
@@ -24,7 +25,7 @@ _SURPRISES = 3
 """... unless it is at least the third in a row: then the machine has become slower."""
 _INERTIA = 1e-3
 """Weight of the present estimate, which holds what no recent step tells anything about."""
-_SWEEPS = 4
+_SWEEPS = 2
 _SCALES = (1.0, 256.0, 65536.0, 16.0, 4096.0)
 """Units of the five terms, so that all are of the order of 1."""
 
@@ -74,15 +75,14 @@ class StepCostModel:
             seconds = limit
         for i, x in enumerate(terms):
             row = self._moments[i]
-            for j, y in enumerate(terms):
-                row[j] = row[j] * _MEMORY + x * y
+            row[:] = [moment * _MEMORY + x * y for moment, y in zip(row, terms, strict=True)]
             self._products[i] = self._products[i] * _MEMORY + x * seconds
         for _ in range(_SWEEPS):
             self._sweep()
 
     def predict(self, work: StepWork) -> float:
         """Return the seconds that a step will take; 0 before any was learnt from."""
-        return sum(t * x for t, x in zip(self._theta, _terms(work), strict=True))
+        return sum(map(mul, self._theta, _terms(work)))
 
     def longest_chunk(self, seconds: float, start: int) -> float:
         """Return how many tokens of prefill from `start` on fit in `seconds`; may be infinite."""
@@ -94,10 +94,10 @@ class StepCostModel:
 
     def _sweep(self) -> None:
         """Minimise over one coefficient after another, each held at or above 0."""
+        theta = self._theta
         for i, row in enumerate(self._moments):
-            rest = sum(m * t for m, t in zip(row, self._theta, strict=True))
-            gradient = self._products[i] - rest
-            self._theta[i] = max(0.0, self._theta[i] + gradient / (row[i] + _INERTIA))
+            gradient = self._products[i] - sum(map(mul, row, theta))
+            theta[i] = max(0.0, theta[i] + gradient / (row[i] + _INERTIA))
 
 
 class Pacer:
@@ -161,7 +161,5 @@ def prefill_pairs(start: int, length: int) -> int:
 
 
 def _terms(work: StepWork) -> tuple[float, ...]:
-    values = (
-        1, work.prefill_tokens, work.prefill_pairs, work.decode_rows, work.decode_context
-    )  # fmt: skip
-    return tuple(value / scale for value, scale in zip(values, _SCALES, strict=True))
+    values = (1, work.prefill_tokens, work.prefill_pairs, work.decode_rows, work.decode_context)
+    return tuple(map(truediv, values, _SCALES))

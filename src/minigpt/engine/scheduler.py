@@ -179,8 +179,10 @@ class Scheduler:
         """
         batch = Batch()
         budget = self.max_batched_tokens - self._schedule_decode(batch)
-        pace = self._pacer.begin(batch.work)
         prefills = deque(sequence for sequence in self.running if sequence.num_remaining > 1)
+        if not prefills and not self.queue:
+            return batch
+        pace = self._pacer.begin(batch.work)
         while budget and not pace.is_spent:
             sequence = self._admit(batch, prefills[0] if prefills else None)
             if sequence is None:
@@ -201,11 +203,11 @@ class Scheduler:
             self._num_computed_tokens += chunk.length
             if chunk.samples:
                 self.queue.charge(sequence.tenant, output_tokens=1)
-            if self._prefix_cache:
+            filled = range(chunk.start // block_size, chunk.stop // block_size)
+            if self._prefix_cache and filled:
                 self._hash(sequence)
-                for index in range(chunk.start // block_size, chunk.stop // block_size):
-                    block = sequence.block_table[index]
-                    self.blocks.cache(block, sequence.block_hashes[index])
+                for index in filled:
+                    self.blocks.cache(sequence.block_table[index], sequence.block_hashes[index])
 
     def finish(self, sequence: Sequence) -> None:
         """Remove a sequence at whatever stage it is and release its blocks."""
