@@ -28,20 +28,30 @@ class FairQueueMachine(RuleBasedStateMachine):
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.arrivals = 0
+        self.last = ""
+        """Who stopped waiting last."""
 
     @rule(tenant=st.sampled_from(TENANTS), urgency=st.integers(-3, 3))
     def arrive(self, tenant: str, urgency: int) -> None:
-        busy = {s.tenant for s in self.waiting + self.running}
-        least = min((self.queue.served(name) for name in busy), default=0.0)
-        before = self.queue.served(tenant)
+        floor, before = self.floor(), self.queue.served(tenant)
+        waits = any(s.tenant == tenant for s in self.waiting)
         sequence = _sequence(self.arrivals, tenant, urgency)
         self.arrivals += 1
         self.queue.arrive(sequence)
         self.waiting.append(sequence)
-        if tenant in busy:
-            assert self.queue.served(tenant) == before
-        else:
-            assert self.queue.served(tenant) == max(before, least), "credit from idle time"
+        expected = before if waits else max(before, floor)
+        assert self.queue.served(tenant) == expected, "credit from not waiting"
+
+    def floor(self) -> float:
+        waiting = {s.tenant for s in self.waiting}
+        if waiting:
+            return min(self.queue.served(name) for name in waiting)
+        return self.queue.served(self.last)
+
+    def removed(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        if all(s.tenant != sequence.tenant for s in self.waiting):
+            self.last = sequence.tenant
 
     @precondition(lambda self: self.waiting)
     @rule(tokens=st.integers(0, 50))
@@ -54,7 +64,7 @@ class FairQueueMachine(RuleBasedStateMachine):
         self.queue.remove(sequence)
         self.queue.charge(sequence.tenant, input_tokens=tokens)
         sequence.status = SequenceStatus.RUNNING
-        self.waiting.remove(sequence)
+        self.removed(sequence)
         self.running.append(sequence)
         grown = self.queue.served(sequence.tenant) - served[sequence.tenant]
         assert grown == tokens / WEIGHTS.get(sequence.tenant, 1.0)
@@ -68,15 +78,20 @@ class FairQueueMachine(RuleBasedStateMachine):
             sequence.status = SequenceStatus.FINISHED
             self.queue.leave(sequence)
         else:
+            floor, before = self.floor(), self.queue.served(sequence.tenant)
+            waits = any(s.tenant == sequence.tenant for s in self.waiting)
             sequence.status = SequenceStatus.WAITING
             self.queue.push(sequence)
             self.waiting.append(sequence)
+            expected = before if waits else max(before, floor)
+            assert self.queue.served(sequence.tenant) == expected
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        sequence = self.waiting.pop(data.draw(st.integers(0, len(self.waiting) - 1)))
+        sequence = data.draw(st.sampled_from(self.waiting))
         self.queue.remove(sequence)
+        self.removed(sequence)
         sequence.status = SequenceStatus.FINISHED
         self.queue.leave(sequence)
 
@@ -87,6 +102,7 @@ class FairQueueMachine(RuleBasedStateMachine):
         assert {id(s) for s in self.queue} == {id(s) for s in self.waiting}
         assert {id(s) for s in self.queue.candidates()} == {id(s) for s in self.waiting}
         if not self.waiting and not self.running:
+            self.last = ""
             assert all(self.queue.served(name) == 0 for name in TENANTS)
             assert not self.queue._tenants, "idle tenants are remembered"
 

@@ -430,7 +430,7 @@ Q = 50
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_who_may_overtake_whom(data: st.DataObject) -> None:
     """Within a tenant only the more urgent, between tenants only whoever was served less."""
     queue = FairQueue({"b": 2.0})

@@ -1,9 +1,10 @@
 """Who is admitted next: tenants take turns by tokens served, a tenant's own go by urgency.
 
 Between tenants: virtual token counters (Sheng et al. 2024, https://arxiv.org/abs/2401.00588).
-What a tenant is served is added to its counter, divided by its weight; the tenant with the
-smallest counter goes first. One that was idle starts at the smallest counter of those who were
-not, so that it saves up no credit. Once all are idle, all start anew.
+What a tenant is served is added to its counter, divided by its weight; of those who wait the one
+with the smallest counter goes first. Who begins to wait starts at the smallest counter of those
+who wait already, or where nobody does at that of who did last: no credit is saved up by not
+waiting. Once all are idle, all start anew.
 
 Within a tenant: the smallest (urgency, arrival). Both are fixed at arrival, so that a sequence
 is overtaken only by those that are more urgent; see `Scheduler` for the bound that this gives.
@@ -51,6 +52,8 @@ class FairQueue:
         self._input_weight = input_weight
         self._output_weight = output_weight
         self._tenants: dict[str, _Tenant] = {}
+        self._last: _Tenant | None = None
+        """Who stopped waiting last."""
         self._length = 0
 
     def __len__(self) -> int:
@@ -75,23 +78,27 @@ class FairQueue:
 
     def arrive(self, sequence: Sequence) -> None:
         """Take in a new sequence."""
-        tenant = self._tenants.get(sequence.tenant)
-        if tenant is None or not tenant.unfinished:
-            tenant = self._activate(sequence.tenant)
-        tenant.unfinished += 1
+        if sequence.tenant not in self._tenants:
+            self._forget_idle()
+        self._tenants.setdefault(sequence.tenant, _Tenant(0.0)).unfinished += 1
         self.push(sequence)
 
     def push(self, sequence: Sequence) -> None:
         """Let a sequence that arrived earlier wait, again or for the first time."""
-        insort(self._tenants[sequence.tenant].waiting, sequence, key=lambda s: s.order)
+        tenant = self._tenants[sequence.tenant]
+        if not tenant.waiting:
+            tenant.counter = max(tenant.counter, self._floor())
+        insort(tenant.waiting, sequence, key=lambda s: s.order)
         self._length += 1
 
     def remove(self, sequence: Sequence) -> None:
         """Let a waiting sequence wait no more."""
-        waiting = self._tenants[sequence.tenant].waiting
-        index = bisect_left(waiting, sequence.order, key=lambda s: s.order)
-        assert waiting[index] is sequence
-        del waiting[index]
+        tenant = self._tenants[sequence.tenant]
+        index = bisect_left(tenant.waiting, sequence.order, key=lambda s: s.order)
+        assert tenant.waiting[index] is sequence
+        del tenant.waiting[index]
+        if not tenant.waiting:
+            self._last = tenant
         self._length -= 1
 
     def leave(self, sequence: Sequence) -> None:
@@ -99,6 +106,7 @@ class FairQueue:
         self._tenants[sequence.tenant].unfinished -= 1
         if not any(tenant.unfinished for tenant in self._tenants.values()):
             self._tenants.clear()
+            self._last = None
 
     def charge(self, tenant: str, *, input_tokens: int = 0, output_tokens: int = 0) -> None:
         """Add what a tenant with unfinished sequences was served."""
@@ -118,13 +126,18 @@ class FairQueue:
         assert self._length == sum(len(tenant.waiting) for tenant in self._tenants.values())
         assert all(sequence.status is SequenceStatus.WAITING for sequence in self)
 
-    def _activate(self, name: str) -> _Tenant:
-        """Return the entry of a tenant that was idle, without credit from that time."""
-        floor = min((t.counter for t in self._tenants.values() if t.unfinished), default=0.0)
-        # Who is idle and owes nothing need not be remembered: it would start at the floor.
+    def _floor(self) -> float:
+        """Return the counter that who begins to wait has at least."""
+        waiting = [tenant.counter for tenant in self._tenants.values() if tenant.waiting]
+        if waiting:
+            return min(waiting)
+        return self._last.counter if self._last is not None else 0.0
+
+    def _forget_idle(self) -> None:
+        """Drop idle tenants that owe nothing: they would start at the floor in any case."""
+        floor = self._floor()
         self._tenants = {
-            key: tenant
-            for key, tenant in self._tenants.items()
-            if tenant.unfinished or tenant.counter > floor
+            name: tenant
+            for name, tenant in self._tenants.items()
+            if tenant.unfinished or tenant.counter > floor or tenant is self._last
         }
-        return self._tenants.setdefault(name, _Tenant(floor))
