@@ -6,7 +6,7 @@ with `--output` tokens before the next one.
 
 - TTFT where the prefix is cached against where nothing is: medians over the requests.
 - With nothing shared, the same requests with the cache on and off, in turns, so that what else
-  the machine does meets both alike: the ratio of the medians of their seconds.
+  the machine does meets both alike: the ratio of the medians of their processor times.
 - The scheduler's own processor time a step, with the cache on and off, without any model.
 
 Run it as `python -m bench.prefix_cache`.
@@ -68,8 +68,8 @@ def shared_prefix(arguments: argparse.Namespace) -> dict[str, float]:
     answer(engine, system + tokens(chance, own), arguments.output)  # fills the cache
     cold, warm = [], []
     for _ in range(arguments.requests):
-        cold.append(answer(engine, tokens(chance, arguments.prompt), arguments.output)[0])
-        warm.append(answer(engine, system + tokens(chance, own), arguments.output)[0])
+        cold.append(answer(engine, tokens(chance, arguments.prompt), arguments.output))
+        warm.append(answer(engine, system + tokens(chance, own), arguments.output))
     before, after = statistics.median(cold), statistics.median(warm)
     return {
         "TTFT cold ms": 1e3 * before,
@@ -79,18 +79,32 @@ def shared_prefix(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def nothing_shared(arguments: argparse.Namespace) -> dict[str, float]:
-    """Return how many times longer the cache lets requests take that share nothing."""
-    engines = [
-        make_engine(arguments, prefix_cache=on) for on in (True, False)
-    ]  # two sets of weights, read alike
+    """Return how many times more processor time requests take with the cache, sharing nothing.
+
+    A cache of 4 contexts: at first its memory is written for the first time, which the system
+    must supply; once it is full, blocks are evicted.
+    """
+    probe = make_engine(arguments)
+    assert probe.config.kv_cache_bytes != "auto"
+    size = probe.config.kv_cache_bytes * 4 // probe.config.max_num_seqs
+    filling = size * probe.ready().kv_blocks_total // probe.config.kv_cache_bytes
+    filling = filling * probe.ready().block_size // arguments.prompt
+    del probe
+    engines = [make_engine(arguments, prefix_cache=on, kv_cache_bytes=size) for on in (True, False)]
     chance = random.Random(1)
-    seconds: list[list[float]] = [[], []]
-    for _ in range(arguments.requests):
+    spent: list[list[float]] = [[], []]
+    for number in range(1 + filling + arguments.requests):
         prompt = tokens(chance, arguments.prompt)
-        for engine, spent in zip(engines, seconds, strict=True):
-            spent.append(answer(engine, prompt, arguments.output)[1])
-    on, off = (statistics.median(spent[1:]) for spent in seconds)
-    return {"seconds with cache / without, nothing shared": on / off}
+        for which in (0, 1) if number % 2 else (1, 0):
+            began = time.process_time()
+            answer(engines[which], prompt, arguments.output)
+            spent[which].append(time.process_time() - began)
+    first, later = slice(1, 1 + filling), slice(1 + filling, None)
+    return {
+        f"time with cache / without, nothing shared, {when}": statistics.median(spent[0][part])
+        / statistics.median(spent[1][part])
+        for when, part in (("memory new", first), ("memory in use", later))
+    }
 
 
 def scheduler_alone(arguments: argparse.Namespace) -> dict[str, float]:
@@ -128,8 +142,8 @@ def schedule_only(prompt: int, *, prefix_cache: bool) -> float:
 _ids = itertools.count()
 
 
-def answer(engine: Engine, prompt: list[int], output: int) -> tuple[float, float]:
-    """Answer one request; return the seconds to its first token and to its last."""
+def answer(engine: Engine, prompt: list[int], output: int) -> float:
+    """Answer one request; return the seconds to its first token."""
     sampling = SamplingParams(max_tokens=output, temperature=0, ignore_eos=True)
     began, first = time.perf_counter(), 0.0
     engine.add(Request(id=str(next(_ids)), prompt_token_ids=prompt, sampling=sampling))
@@ -137,7 +151,7 @@ def answer(engine: Engine, prompt: list[int], output: int) -> tuple[float, float
         deltas: list[Any] = engine.step()
         if deltas and not first:
             first = time.perf_counter() - began
-    return first, time.perf_counter() - began
+    return first
 
 
 def tokens(chance: random.Random, count: int) -> list[int]:

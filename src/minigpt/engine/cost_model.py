@@ -82,7 +82,7 @@ class StepCostModel:
 
     def predict(self, work: StepWork) -> float:
         """Return the seconds that a step will take; 0 before any was learnt from."""
-        return sum(map(mul, self._theta, _terms(work)))
+        return math.fsum(map(mul, self._theta, _terms(work)))
 
     def longest_chunk(self, seconds: float, start: int) -> float:
         """Return how many tokens of prefill from `start` on fit in `seconds`; may be infinite."""
