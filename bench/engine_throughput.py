@@ -103,10 +103,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_engine(arguments: argparse.Namespace) -> Engine:
+def make_engine(arguments: argparse.Namespace, **changes: Any) -> Engine:
     config = EngineConfig.model_validate(
         {"dtype": arguments.dtype, "threads": arguments.threads,
-         "max_batched_tokens": arguments.budget}
+         "max_batched_tokens": arguments.budget, **changes}
     )  # fmt: skip
     machine = describe_machine()
     config = resolve_numerics(

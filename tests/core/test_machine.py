@@ -1,11 +1,13 @@
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import psutil
 import pytest
 
 from minigpt.core import machine
-from minigpt.core.machine import describe_machine, usable_cores
+from minigpt.core.machine import describe_machine, free_gpu_memory, usable_cores
 
 
 def test_description_agrees_with_another_reader() -> None:
@@ -58,3 +60,32 @@ def test_no_compiler_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         assert describe_machine().compiler is None
     finally:
         machine._compiler.cache_clear()
+
+
+_FAKE_NVML = """
+int nvmlInit_v2(void) { return 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **d) {
+    *d = (void *)(unsigned long)(0x7f0000000000 + i);
+    return i > 1;
+}
+int nvmlDeviceGetMemoryInfo(void *d, unsigned long long *m) {
+    m[0] = 100; m[1] = 40 + ((unsigned long)d & 1); m[2] = 60;
+    return (unsigned long)d >> 40 != 0x7f;
+}
+"""
+
+
+@pytest.mark.parametrize(("visible", "free"), [("0", 40), ("1,0", 41), ("2", None), ("", None)])
+def test_free_gpu_memory_comes_from_the_drivers_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, free: int | None
+) -> None:
+    """Against a library with the driver's interface, as no GPU is here."""
+    compiler = shutil.which("cc") or pytest.skip("no C compiler")
+    (tmp_path / "nvml.c").write_text(_FAKE_NVML)
+    library = tmp_path / "nvml.so"
+    source = str(tmp_path / "nvml.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), source], check=True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert free_gpu_memory(str(library)) == free
+    assert free_gpu_memory("libno-such.so.1") is None

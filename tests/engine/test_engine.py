@@ -75,6 +75,78 @@ def test_greedy_equals_full_forward(
         assert answers[str(i), 0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_blocks", [200, 34])
+def test_cached_prefixes_and_forks_equal_full_forward(
+    make_model: Make, make_engine: Make, run: Make, full_logits: Make, family: str, num_blocks: int
+) -> None:
+    """Shared beginnings, several answers, a second turn, with room or with evictions."""
+    model = make_model(**FAMILIES[family])
+    engine = make_engine(model, num_blocks=num_blocks, max_batched_tokens=24)
+    system = _prompt(42, 0)
+    prompts = [system + _prompt(length, length) for length in (1, 9, 0, 2, 30)]
+    for _ in range(2):
+        requests = [
+            _request(str(i), prompt, n=1 + i % 3, temperature=0, max_tokens=14)
+            for i, prompt in enumerate(prompts)
+        ]
+        answers = run(engine, *requests)
+        for (name, _), answer in answers.items():
+            prompt = prompts[int(name)]
+            assert answer.token_ids == _greedy(full_logits, model, prompt, 14)
+        prompts = [prompt + answers[str(i), 0].token_ids + [7] for i, prompt in enumerate(prompts)]
+    stats = engine.stats()
+    assert 0 < stats.prefix_cache_hits < stats.prefix_cache_queries
+    if num_blocks == 200:
+        assert stats.prefix_cache_hits > 0.7 * stats.prefix_cache_queries
+
+
+def test_without_prefix_cache_nothing_is_found(
+    make_model: Make, make_engine: Make, run: Make
+) -> None:
+    engine = make_engine(make_model(), prefix_cache=False)
+    for _ in range(2):
+        run(engine, _request("r", _prompt(40, 0), max_tokens=3))
+    assert engine.stats().prefix_cache_hits == 0
+    cached = make_engine(make_model())
+    for _ in range(2):
+        run(cached, _request("r", _prompt(40, 0), max_tokens=3))
+    assert cached.stats().prefix_cache_hits == 36
+
+
+def test_a_failure_takes_what_it_computed_out_of_the_cache(
+    make_model: Make, make_engine: Make, run: Make
+) -> None:
+    """A sequence that fails shares blocks with one that runs: that one is not harmed."""
+    model = make_model()
+    shared = _prompt(24, 0)
+    good = _request("good", [*shared, 3, 4], temperature=0, max_tokens=12)
+    expected = run(make_engine(model), good)["good", 0].token_ids
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = float("nan")
+    engine = make_engine(model, num_blocks=40)
+    for _ in range(2):
+        bad = _request("bad", shared + [0] * 9, temperature=0, max_tokens=5)
+        answers = run(engine, good, bad)
+        assert answers["bad", 0].finish_reason == "error"
+        assert answers["good", 0].token_ids == expected
+
+
+def test_tenants_and_priorities_reach_the_scheduler(make_model: Make, make_engine: Make) -> None:
+    engine = make_engine(make_model(), max_num_seqs=1, tenant_weights={"b": 4.0})
+    for name, priority, tenant in (("a1", 5, "a"), ("a2", 0, "a"), ("b1", 0, "b")):
+        sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+        prompt = _prompt(9, len(name) + priority)
+        engine.add(
+            Request(
+                id=name, prompt_token_ids=prompt, sampling=sampling, priority=priority,
+                tenant=tenant,
+            )
+        )  # fmt: skip
+    finished = [d.request_id for _ in range(9) for d in engine.step() if d.finish_reason]
+    assert finished == ["a2", "b1", "a1"]
+
+
 def test_seeded_answers_do_not_depend_on_the_batch(
     make_model: Make, make_engine: Make, run: Make
 ) -> None:
@@ -335,10 +407,12 @@ def test_stats_and_ready(make_model: Make, make_engine: Make) -> None:
         engine.step()
         seen.append(engine.stats())
     assert [s.step for s in seen] == list(range(1, len(seen) + 1))
-    assert [s.last_step_prefill_tokens for s in seen] == [16, 16, 8, 0, 0]
+    assert [s.last_step_prefill_tokens for s in seen] == [16, 4, 1, 0, 0]
     assert [s.last_step_decode_tokens for s in seen] == [0, 0, 1, 2, 1]
     assert seen[0].kv_blocks_used == 5
-    assert seen[1].kv_blocks_used == 10
+    assert seen[1].kv_blocks_used == 5
+    assert seen[2].kv_blocks_used == 7  # the second one shares 4 blocks, copies 1 and has 1 more
+    assert (seen[-1].prefix_cache_queries, seen[-1].prefix_cache_hits) == (40, 19)
     assert seen[-1].kv_blocks_used == seen[-1].running == seen[-1].waiting == 0
     assert seen[-1].prompt_tokens == 20
     assert seen[-1].generation_tokens == 6

@@ -98,7 +98,10 @@ def test_scheduling_half_and_config_import_no_torch() -> None:
     modules = (
         "blocks",
         "config",
+        "cost_model",
         "detokenizer",
+        "fairness",
+        "prefix_cache",
         "resolve",
         "scheduler",
         "sequence",

@@ -6,62 +6,17 @@ from collections import deque
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.engine.scheduling import (
+    carry_out,
+    check_batch,
+    make_scheduler,
+    make_sequence,
+)
 
-from minigpt.api.requests import Request, SamplingParams
 from minigpt.core.errors import RequestError
-from minigpt.engine.blocks import BlockManager
-from minigpt.engine.scheduler import Batch, Scheduler
+from minigpt.engine.cost_model import Pacer, StepWork
+from minigpt.engine.scheduler import Batch
 from minigpt.engine.sequence import Sequence, SequenceStatus
-
-
-def _sequence(arrival: int, prompt: int, output: int) -> Sequence:
-    sampling = SamplingParams(max_tokens=output)
-    request = Request(
-        id=str(arrival), prompt_token_ids=list(range(1, prompt + 1)), sampling=sampling
-    )
-    return Sequence.from_request(request, 0, arrival, seed=0)
-
-
-def _scheduler(num_blocks: int, max_num_seqs: int, budget: int, block_size: int = 4) -> Scheduler:
-    return Scheduler(BlockManager(num_blocks, block_size), max_num_seqs, budget)
-
-
-def _carry_out(scheduler: Scheduler, batch: Batch) -> list[Sequence]:
-    """Do what the engine does with a batch, and return who finished."""
-    scheduler.advance(batch.chunks)
-    finished = []
-    for chunk in batch.chunks:
-        sequence = chunk.sequence
-        assert chunk.samples == (chunk.stop == sequence.num_tokens)
-        if chunk.samples:
-            sequence.token_ids.append(0)
-            if sequence.num_output_tokens == sequence.sampling.max_tokens:
-                scheduler.finish(sequence)
-                finished.append(sequence)
-    return finished
-
-
-def _check_batch(scheduler: Scheduler, batch: Batch, decoding: list[Sequence]) -> None:
-    assert batch.num_tokens <= scheduler.max_batched_tokens
-    scheduled = {id(chunk.sequence) for chunk in batch.chunks}
-    assert len(scheduled) == len(batch.chunks), "a sequence is scheduled twice"
-    preempted = {id(sequence) for sequence in batch.preempted}
-    assert not scheduled & preempted
-    for sequence in decoding:
-        assert id(sequence) in scheduled | preempted, "decode was starved"
-    block_size = scheduler.blocks.block_size
-    slots: set[int] = set()
-    for chunk in batch.chunks:
-        assert chunk.sequence.status is SequenceStatus.RUNNING
-        assert chunk.start == chunk.sequence.num_computed
-        table = chunk.sequence.block_table
-        assert chunk.stop <= len(table) * block_size
-        new = {
-            table[t // block_size] * block_size + t % block_size
-            for t in range(chunk.start, chunk.stop)
-        }
-        assert not slots & new, "two sequences write to one slot"
-        slots |= new
 
 
 @given(
@@ -75,7 +30,7 @@ def test_random_load(
     data: st.DataObject, num_blocks: int, max_num_seqs: int, extra_budget: int
 ) -> None:
     """Arrivals, aborts, any lengths, a tiny cache: everything finishes and nothing leaks."""
-    scheduler = _scheduler(num_blocks, max_num_seqs, max_num_seqs + extra_budget)
+    scheduler = make_scheduler(num_blocks, max_num_seqs, max_num_seqs + extra_budget)
     capacity = num_blocks * 4
     lengths = st.tuples(st.integers(1, capacity), st.integers(1, capacity)).filter(
         lambda pair: sum(pair) - 1 <= capacity
@@ -91,7 +46,7 @@ def test_random_load(
     for _ in range(limit):
         while arrivals and not (scheduler.has_work and data.draw(st.booleans())):
             prompt, output = arrivals.popleft()
-            sequence = _sequence(next(order), prompt, output)
+            sequence = make_sequence(next(order), prompt, output)
             scheduler.check_fits(sequence.most_cached_tokens)
             scheduler.add(sequence)
             alive.append(sequence)
@@ -104,9 +59,9 @@ def test_random_load(
         progress = oldest.num_computed if oldest else 0
         batch = scheduler.schedule()
         scheduler.check()
-        _check_batch(scheduler, batch, decoding)
+        check_batch(scheduler, batch, decoding)
         assert bool(batch.chunks) == bool(alive), "work but an empty batch"
-        done = _carry_out(scheduler, batch)
+        done = carry_out(scheduler, batch)
         if oldest is not None and oldest not in done:
             assert oldest.num_computed > progress, "the oldest did not move"
         finished += done
@@ -121,51 +76,51 @@ def test_random_load(
 
 
 def test_decode_comes_before_prefill_and_shares_its_budget() -> None:
-    scheduler = _scheduler(64, 4, 8)
+    scheduler = make_scheduler(64, 4, 8)
     for arrival in range(2):
-        scheduler.add(_sequence(arrival, 3, 20))
-    _carry_out(scheduler, scheduler.schedule())
-    scheduler.add(_sequence(2, 100, 4))
+        scheduler.add(make_sequence(arrival, 3, 20))
+    carry_out(scheduler, scheduler.schedule())
+    scheduler.add(make_sequence(2, 100, 4))
     for step in range(16):
         batch = scheduler.schedule()
         assert batch.num_decode_tokens == 2
         assert [chunk.length for chunk in batch.chunks] == [1, 1, 6]
         assert batch.chunks[2].start == 6 * step
-        _carry_out(scheduler, batch)
+        carry_out(scheduler, batch)
 
 
 def test_a_prompt_of_one_token_is_prefill() -> None:
-    scheduler = _scheduler(4, 2, 4)
-    scheduler.add(_sequence(0, 1, 2))
+    scheduler = make_scheduler(4, 2, 4)
+    scheduler.add(make_sequence(0, 1, 2))
     batch = scheduler.schedule()
     assert batch.num_decode_tokens == 0
-    _carry_out(scheduler, batch)
+    carry_out(scheduler, batch)
     assert scheduler.schedule().num_decode_tokens == 1
 
 
 def test_first_come_first_served() -> None:
     """A short request does not overtake a long one that waits for blocks."""
-    scheduler = _scheduler(8, 4, 64)
-    scheduler.add(_sequence(0, 16, 8))
-    _carry_out(scheduler, scheduler.schedule())
-    scheduler.add(_sequence(1, 20, 2))
-    scheduler.add(_sequence(2, 1, 1))
+    scheduler = make_scheduler(8, 4, 64)
+    scheduler.add(make_sequence(0, 16, 8))
+    carry_out(scheduler, scheduler.schedule())
+    scheduler.add(make_sequence(1, 20, 2))
+    scheduler.add(make_sequence(2, 1, 1))
     for _ in range(3):
         batch = scheduler.schedule()
         assert [chunk.sequence.arrival for chunk in batch.chunks] == [0]
-        _carry_out(scheduler, batch)
+        carry_out(scheduler, batch)
 
 
 def test_the_youngest_is_preempted_and_computed_anew() -> None:
-    scheduler = _scheduler(5, 2, 16)
-    old, young = _sequence(0, 7, 9), _sequence(1, 4, 8)
+    scheduler = make_scheduler(5, 2, 16)
+    old, young = make_sequence(0, 7, 9), make_sequence(1, 4, 8)
     scheduler.add(old)
     scheduler.add(young)
     preempted = []
     while young.num_output_tokens < 8:
         batch = scheduler.schedule()
         preempted += batch.preempted
-        _carry_out(scheduler, batch)
+        carry_out(scheduler, batch)
     assert preempted == [young]
     assert old.status is SequenceStatus.FINISHED
     assert young.status is SequenceStatus.FINISHED
@@ -174,17 +129,59 @@ def test_the_youngest_is_preempted_and_computed_anew() -> None:
 
 def test_nobody_is_admitted_only_to_be_preempted_next() -> None:
     """The running sequence is about to need a block: the last ones are not given away."""
-    scheduler = _scheduler(4, 2, 16)
-    old, young = _sequence(0, 4, 8), _sequence(1, 12, 2)
+    scheduler = make_scheduler(4, 2, 16)
+    old, young = make_sequence(0, 4, 8), make_sequence(1, 12, 2)
     scheduler.add(old)
     scheduler.add(young)
     while scheduler.has_work:
-        _carry_out(scheduler, scheduler.schedule())
+        carry_out(scheduler, scheduler.schedule())
     assert scheduler.num_preemptions == 0
 
 
 def test_what_can_never_fit_is_refused() -> None:
-    scheduler = _scheduler(4, 2, 8)
+    scheduler = make_scheduler(4, 2, 8)
     scheduler.check_fits(16)
     with pytest.raises(RequestError, match="need 17 tokens of KV cache, it holds 16"):
         scheduler.check_fits(17)
+
+
+def test_an_urgent_prompt_goes_ahead_of_one_that_is_being_computed() -> None:
+    scheduler = make_scheduler(64, 4, 8)
+    scheduler.add(make_sequence(0, 100, 2))
+    carry_out(scheduler, scheduler.schedule())
+    scheduler.add(make_sequence(1, 5, 2))
+    assert [c.sequence.arrival for c in scheduler.schedule().chunks] == [0]
+    scheduler.add(make_sequence(2, 5, 2, priority=-1))
+    batch = scheduler.schedule()
+    assert [(c.sequence.arrival, c.length) for c in batch.chunks] == [(2, 5), (0, 3)]
+
+
+def test_chunks_keep_the_streams_target() -> None:
+    """Beside a stream no longer step is planned than its target; alone the budget is filled."""
+    pacer = Pacer(0.02)
+    scheduler = make_scheduler(200, 4, 256, pacer=pacer)
+
+    def seconds(work: StepWork) -> float:
+        return 5e-3 + 2e-4 * work.prefill_tokens + 1e-3 * work.decode_rows
+
+    def step() -> tuple[Batch, float]:
+        batch = scheduler.schedule()
+        took = seconds(batch.work)
+        pacer.model.observe(batch.work, took)
+        carry_out(scheduler, batch)
+        return batch, took
+
+    for arrival in range(2):
+        scheduler.add(make_sequence(arrival, 20, 60))
+        step()
+    for _ in range(20):
+        step()
+    scheduler.add(make_sequence(2, 600, 2))
+    beside = [step() for _ in range(9)]
+    for batch, took in beside[2:]:
+        assert took <= 0.021
+        assert batch.work.prefill_tokens >= 50
+    for sequence in tuple(scheduler.running):
+        scheduler.finish(sequence)
+    scheduler.add(make_sequence(3, 600, 2))
+    assert step()[0].num_tokens == 256

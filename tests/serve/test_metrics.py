@@ -38,16 +38,23 @@ def test_counters_go_on_over_a_restart_and_gauges_start_anew() -> None:
         stats(prompt_tokens=10, generation_tokens=5, running=2, kv_blocks_used=3), new_step=True
     )
     metrics.observe_stats(
-        stats(prompt_tokens=12, generation_tokens=9, running=2, kv_blocks_used=3), new_step=True
-    )
+        stats(
+            prompt_tokens=12, generation_tokens=9, running=2, kv_blocks_used=3,
+            prefix_cache_queries=12, prefix_cache_hits=8,
+        ),
+        new_step=True,
+    )  # fmt: skip
     assert value(metrics, "vllm:prompt_tokens_total") == 12
     assert value(metrics, "vllm:generation_tokens_total") == 9
     assert value(metrics, "vllm:kv_cache_usage_perc") == 0.75
+    assert value(metrics, "vllm:prefix_cache_queries_total") == 12
+    assert value(metrics, "vllm:prefix_cache_hits_total") == 8
     metrics.engine_stopped()
     assert value(metrics, "vllm:num_requests_running") == 0
     assert value(metrics, "minigpt:engine_up") == 0
     metrics.engine_started(READY)
-    metrics.observe_stats(stats(prompt_tokens=3), new_step=True)
+    metrics.observe_stats(stats(prompt_tokens=3, prefix_cache_hits=1), new_step=True)
+    assert value(metrics, "vllm:prefix_cache_hits_total") == 9
     assert value(metrics, "vllm:prompt_tokens_total") == 15
     assert value(metrics, "vllm:cache_config_info", block_size="16", num_gpu_blocks="4") == 1
 
@@ -92,6 +99,8 @@ def test_a_request_moves_the_series(server: ServerProcess) -> None:
         "vllm:request_params_n_sum": 2,
         "vllm:request_params_max_tokens_sum": 10,
         "vllm:request_prompt_tokens_sum": 6,
+        "vllm:prefix_cache_queries_total": 12,
+        "vllm:prefix_cache_hits_total": 5,
     }
     before = {name: server.metric(name) for name in names}
     finished = server.metric("vllm:request_success_total", finished_reason="length")

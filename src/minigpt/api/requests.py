@@ -74,6 +74,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     pooling: Pooling | None = None
     """Return an embedding of the prompt: the mean of the last layer's normalised outputs, or
     the last one. Nothing is generated then: max_tokens is 0."""
+    priority: int = 0
+    """Lower goes first among the requests of a tenant."""
+    tenant: str = ""
+    """Whose share of the engine the request takes; tenants are served in proportion."""
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
@@ -132,6 +136,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     last_step_seconds: float
     last_step_prefill_tokens: int
     last_step_decode_tokens: int
+    prefix_cache_queries: int = 0
+    """Prompt tokens looked up in the prefix cache, of all answers."""
+    prefix_cache_hits: int = 0
+    """Those that were found, and not computed again."""
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

@@ -12,9 +12,11 @@ from minigpt.cli.output import JsonOption, SetOption, config_epilog, emit
 from minigpt.core.artifact import open_artifact
 from minigpt.core.config import load_config
 from minigpt.core.storage import is_remote
+from minigpt.engine.config import EngineConfig
 from minigpt.serve.config import ServeConfig
 
 if TYPE_CHECKING:
+    from minigpt.engine.preflight import Preflight
     from minigpt.serve.run import Endpoint
 
 app = typer.Typer()
@@ -41,6 +43,12 @@ def serve(
         str | None,
         typer.Option(help="What clients call it; default: the directory's or registered name."),
     ] = None,
+    preflight: Annotated[
+        bool,
+        typer.Option(
+            "--preflight", help="Only say what memory serving takes, or what is missing; load none."
+        ),
+    ] = False,
     overrides: SetOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -53,6 +61,9 @@ def serve(
     assignments += [] if port is None else [f"port={port}"]
     settings = load_config(ServeConfig, config, assignments)
     path, name = _resolve(model)
+    if preflight:
+        _preflight(path, settings.engine, json=json)
+        return
 
     from minigpt.serve.run import serve as run
 
@@ -76,6 +87,26 @@ def _resolve(model: str) -> tuple[Path, str]:
     version = registry.get(model)
     # The engine verifies the weights when it loads them.
     return registry.open(version, verify=False).path, version.model
+
+
+def _preflight(path: Path, config: EngineConfig, *, json: bool) -> None:
+    from minigpt.engine.preflight import preflight
+
+    plan = preflight(path, config, report=lambda line: None)
+    emit(dataclasses.asdict(plan), json=json, human=lambda: _print_plan(path, plan))
+
+
+def _print_plan(path: Path, plan: Preflight) -> None:
+    contexts = plan.max_concurrent_tokens / plan.context_length
+    typer.echo(f"fits: {path} in {plan.dtype} on {plan.device}")
+    typer.echo(f"  free memory            {plan.available_bytes:>16,} bytes")
+    typer.echo(f"  weights                {plan.weight_bytes:>16,} bytes")
+    typer.echo(f"  KV cache               {plan.kv_cache_bytes:>16,} bytes")
+    typer.echo(f"  KV cache of a token    {plan.kv_bytes_per_token:>16,} bytes")
+    typer.echo(
+        f"  concurrent tokens      {plan.max_concurrent_tokens:>16,} at most: "
+        f"{contexts:.1f} contexts of {plan.context_length:,}"
+    )
 
 
 def _print_ready(endpoint: Endpoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -59,6 +60,32 @@ def usable_cores() -> int:
     if len(quota) == 2 and quota[0].isdigit():
         cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
     return cores
+
+
+def free_gpu_memory(library: str = "libnvidia-ml.so.1") -> int | None:
+    """Return the free bytes of the first NVIDIA GPU that may be used, None where there is none.
+
+    Args:
+        library: NVIDIA's management library, which its driver installs.
+    """
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if not first.isdigit():  # none, or one named by its UUID, which the driver resolves
+        return None
+    try:
+        nvml = ctypes.CDLL(library)
+    except OSError:
+        return None
+    if nvml.nvmlInit_v2() != 0:
+        return None
+    try:
+        device, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # total, free, used
+        if nvml.nvmlDeviceGetHandleByIndex_v2(int(first), ctypes.byref(device)) != 0:
+            return None
+        if nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) != 0:
+            return None
+        return memory[1]
+    finally:
+        nvml.nvmlShutdown()
 
 
 def _processor() -> tuple[str, set[str]]:

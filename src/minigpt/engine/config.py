@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from minigpt.core.config import Auto, Config
 
@@ -32,6 +32,21 @@ class EngineConfig(Config):
     max_batched_tokens: Auto | PositiveInt = "auto"
     """Token budget of a step, shared by decode (served first) and prefill; it bounds how long
     a prompt can delay the running streams. auto is 256 on a CPU and 2048 on a GPU."""
+    inter_token_target_ms: Auto | PositiveFloat = "auto"
+    """Most milliseconds of a step while streams run: each step takes in as much of the waiting
+    prompts as is predicted to fit, at least 16 tokens. auto follows the measured steps: 4 times
+    what the streams alone take, at least 50."""
+    prefix_cache: bool = True
+    """Keep the blocks of finished sequences for those that begin with the same tokens."""
+    tenant_weights: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Shares of the engine by tenant; one that is not named has 1."""
+    input_token_weight: float = Field(default=1.0, ge=0)
+    """What a computed prompt token counts in a tenant's share."""
+    output_token_weight: float = Field(default=2.0, gt=0)
+    """What a generated token counts in a tenant's share."""
+    priority_step_tokens: PositiveInt = 100_000
+    """A priority goes before the next one unless that has waited while the engine computed this
+    many tokens more: so no priority starves another."""
     max_logprobs: int = Field(default=20, ge=0)
     """Most alternatives that a request may ask for with each token."""
     seed: int | None = None

@@ -14,16 +14,16 @@ from minigpt.api.requests import Delta, EngineStats, Ready, Request
 from minigpt.core.clock import Clock, SystemClock
 from minigpt.core.errors import RequestError
 from minigpt.core.machine import describe_machine
+from minigpt.core.storage import is_remote
 from minigpt.engine.blocks import BlockManager
 from minigpt.engine.config import EngineConfig
+from minigpt.engine.cost_model import Pacer
+from minigpt.engine.fairness import FairQueue
 from minigpt.engine.output import OutputProcessor, Vocabulary
 from minigpt.engine.packing import pack_weights
-from minigpt.engine.resolve import (
-    check_weights_fit,
-    kv_bytes_per_token,
-    resolve_memory,
-    resolve_numerics,
-)
+from minigpt.engine.prefix_cache import prefix_root
+from minigpt.engine.preflight import plan_memory
+from minigpt.engine.resolve import kv_bytes_per_token, resolve_memory, resolve_numerics
 from minigpt.engine.runner import ModelRunner
 from minigpt.engine.sampler import sample
 from minigpt.engine.scheduler import Chunk, Scheduler
@@ -71,7 +71,22 @@ class Engine:
         self._clock = clock or SystemClock()
         per_block = kv_bytes_per_token(config, model.config) * config.block_size
         blocks = BlockManager(config.kv_cache_bytes // per_block, config.block_size)
-        self._scheduler = Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens)
+        target = config.inter_token_target_ms
+        self._pacer = Pacer(None if target == "auto" else target / 1000)
+        self._scheduler = Scheduler(
+            blocks,
+            config.max_num_seqs,
+            config.max_batched_tokens,
+            queue=FairQueue(
+                config.tenant_weights,
+                input_weight=config.input_token_weight,
+                output_weight=config.output_token_weight,
+            ),
+            pacer=self._pacer,
+            prefix_cache=config.prefix_cache,
+            priority_step_tokens=config.priority_step_tokens,
+        )
+        self._prefix_root = prefix_root(model_id)
         self._runner = ModelRunner(
             model,
             num_blocks=blocks.num_blocks,
@@ -129,17 +144,15 @@ class Engine:
         )
         assert config.threads != "auto"
         torch.set_num_threads(config.threads)
-        if config.device == "cpu":
-            check_weights_fit(Path(path), describe_machine().memory_available)
+        if not is_remote(path):
+            plan_memory(
+                Path(path), config, available=_free_memory(config), report=lambda line: None
+            )
         loaded = load_model(path, dtype=config.dtype, device=config.device)
         tokenizer = Tokenizer.load(loaded.path)
         check_vocab(loaded.config, tokenizer.vocab_size)
         pack_weights(loaded.model)
-        available = (
-            torch.cuda.mem_get_info()[0]
-            if config.device == "cuda"
-            else describe_machine().memory_available
-        )
+        available = _free_memory(config)
         config = resolve_memory(config, loaded.config, available=available, report=log.info)
         engine = cls(loaded.model, tokenizer, config, model_id=loaded.id, clock=clock)
         engine._load_seconds = clock.monotonic() - started
@@ -178,7 +191,7 @@ class Engine:
         seed = sampling.seed
         seed = self._seeds.getrandbits(64) if seed is None else seed
         sequences = [
-            Sequence.from_request(request, index, next(self._arrivals), seed)
+            Sequence.from_request(request, index, next(self._arrivals), seed, self._prefix_root)
             for index in range(request.n)
         ]
         self._requests[request.id] = sequences
@@ -219,9 +232,11 @@ class Engine:
         for chunk in batch.chunks:
             if chunk.sequence.queue_seconds is None:
                 chunk.sequence.queue_seconds = started - chunk.sequence.arrived_seconds
+        self._runner.copy_blocks(batch.copies)
         deltas += self._run(batch.chunks)
         self._steps += 1
         seconds = self._clock.monotonic() - started
+        self._pacer.model.observe(batch.work, seconds)
         decode = batch.num_decode_tokens
         self._last_step = (seconds, batch.num_tokens - decode, decode)
         if not self._scheduler.has_work:
@@ -235,7 +250,7 @@ class Engine:
         return EngineStats(
             step=self._steps,
             running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
+            waiting=len(self._scheduler.queue),
             kv_blocks_used=blocks.num_used,
             kv_blocks_total=blocks.num_blocks,
             prompt_tokens=self._prompt_tokens,
@@ -244,6 +259,8 @@ class Engine:
             last_step_seconds=seconds,
             last_step_prefill_tokens=prefill_tokens,
             last_step_decode_tokens=decode_tokens,
+            prefix_cache_queries=self._scheduler.num_prefix_queries,
+            prefix_cache_hits=self._scheduler.num_prefix_hits,
         )
 
     def ready(self) -> Ready:
@@ -287,7 +304,7 @@ class Engine:
         return deltas
 
     def _fail(self, sequence: Sequence, error: str) -> Delta:
-        self._runner.clear(sequence)
+        self._runner.clear(self._scheduler.poison(sequence))
         self._finish(sequence)
         return self._output.close(sequence, "error", error)
 
@@ -315,3 +332,10 @@ class Engine:
         siblings.remove(sequence)
         if not siblings:
             del self._requests[sequence.request_id]
+
+
+def _free_memory(config: EngineConfig) -> int:
+    """Return the free bytes of the device."""
+    if config.device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return describe_machine().memory_available

@@ -58,6 +58,11 @@ class KVCache:
         shape = (rows, -1, key.shape[2], key.shape[3])
         return key.view(shape).transpose(1, 2), value.view(shape).transpose(1, 2)
 
+    def copy(self, source: int, destination: int) -> None:
+        """Copy one block's keys and values to another, in all layers."""
+        for tensor in (*self.keys, *self.values):
+            tensor[destination] = tensor[source]
+
     def clear(self, blocks: SequenceOf[int]) -> None:
         """Zero blocks that may hold NaNs, before others use them."""
         for tensor in (*self.keys, *self.values):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-from minigpt.core.errors import ConfigError, ModelError
+from minigpt.core.errors import ConfigError
 from minigpt.core.machine import Machine
 from minigpt.engine.config import EngineConfig
 from minigpt.model.config import ModelConfig
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-_GIB = 1 << 30
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 Report = Callable[[str], None]
 """Receives one line for each derived number: what, how much, and why."""
@@ -102,19 +100,4 @@ def kv_bytes_per_token(config: EngineConfig, model: ModelConfig) -> int:
     """Return the bytes that one token's keys and values take over all layers."""
     assert config.dtype != "auto"
     width = model.num_kv_heads * model.head_dim
-    return 2 * model.num_layers * width * _DTYPE_BYTES[config.dtype]
-
-
-def check_weights_fit(path: Path, available: int) -> None:
-    """Refuse a model whose weight files are larger than the free memory, before reading them.
-
-    Raises:
-        ModelError: With the shortfall.
-    """
-    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    if size > available:
-        raise ModelError(
-            f"{path} holds {size / _GIB:.2f} GiB of weights, {available / _GIB:.2f} GiB of memory "
-            f"are free: short by {size - available} bytes",
-            remedy="free memory, quantize the model or use a larger machine",
-        )
+    return 2 * model.num_layers * width * DTYPE_BYTES[config.dtype]

@@ -71,9 +71,14 @@ class ModelRunner:
         last = hidden[0].index_select(0, self._tensor(last_rows))  # (S, C)
         return self._model.logits(last).float(), sampled
 
-    def clear(self, sequence: Sequence) -> None:
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy blocks of the cache, (source, destination), one after another."""
+        for source, destination in copies:
+            self._cache.copy(source, destination)
+
+    def clear(self, blocks: list[int]) -> None:
         """Zero a failed sequence's blocks, so that no NaN of it reaches those who reuse them."""
-        self._cache.clear(sequence.block_table)
+        self._cache.clear(blocks)
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, device=self._device)

@@ -37,6 +37,21 @@ class Sequence:
     text: TextStream
     num_computed: int = 0
     """Tokens whose keys and values are in the cache."""
+    priority: int = 0
+    """Lower goes first among a tenant's sequences."""
+    tenant: str = ""
+    """Whose share of the engine this takes."""
+    urgency: int = 0
+    """From priority and time of arrival, set by the scheduler; smaller is served first."""
+    prefix_root: bytes = b""
+    """Stands for the weights and the adapter that its keys and values depend on."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Digests of its first full blocks; see `prefix_cache`."""
+    reads_cache: bool = True
+    """Whether tokens may be taken from the cache; not where every logit of the prompt is asked
+    for."""
+    num_cached_tokens: int | None = None
+    """Tokens found in the cache when first admitted; None until then."""
     block_table: list[int] = field(default_factory=list)
     """Blocks of the cache, in order: token t is in block_table[t // block_size]."""
     status: SequenceStatus = SequenceStatus.WAITING
@@ -52,7 +67,9 @@ class Sequence:
     position may be taken from a cache: each must be computed."""
 
     @classmethod
-    def from_request(cls, request: Request, index: int, arrival: int, seed: int) -> Sequence:
+    def from_request(
+        cls, request: Request, index: int, arrival: int, seed: int, prefix_root: bytes = b""
+    ) -> Sequence:
         """Make the `index`-th sequence of a request."""
         return cls(
             request_id=request.id,
@@ -63,8 +80,17 @@ class Sequence:
             token_ids=list(request.prompt_token_ids),
             num_prompt_tokens=len(request.prompt_token_ids),
             text=TextStream(request.sampling.stop),
-            reader=PromptReader.of(request),
+            reader=(reader := PromptReader.of(request)),
+            reads_cache=reader is None,
+            priority=request.priority,
+            tenant=request.tenant,
+            prefix_root=prefix_root,
         )
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first and who is preempted last: unique, and fixed from arrival on."""
+        return self.urgency, self.arrival
 
     @property
     def num_tokens(self) -> int:

@@ -12,43 +12,7 @@ from torch import Tensor
 
 from minigpt.core.errors import ModelError, StorageError
 from minigpt.core.storage import storage_errors
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """Return the safetensors files that hold a directory's weights.
-
-    Raises:
-        ModelError: None there, only pickled ones, a malformed index, or a shard is missing.
-    """
-    if (directory / INDEX).is_file():
-        try:
-            shards = set(json.loads((directory / INDEX).read_bytes())["weight_map"].values())
-            files = [directory / str(name) for name in sorted(shards)]
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise ModelError(f"{directory / INDEX} is not a valid safetensors index") from None
-        for file in files:
-            if not file.is_file():
-                raise ModelError(
-                    f"{file} is missing, though {INDEX} names it",
-                    remedy="fetch the directory again",
-                )
-        return files
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt*"))
-    if pickled:
-        raise ModelError(
-            f"{pickled[0]} is a pickle, which can run code when loaded",
-            remedy="convert it with transformers: "
-            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)",
-        )
-    raise ModelError(
-        f"{directory} holds no weights: neither {SINGLE} nor {INDEX} is there",
-        remedy="give a directory that `minigpt train` or save_pretrained wrote",
-    )
+from minigpt.model.tensor_headers import INDEX, SINGLE
 
 
 def read_tensors(files: list[Path], device: str) -> dict[str, Tensor]:

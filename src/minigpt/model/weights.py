@@ -22,7 +22,8 @@ from minigpt.model.decoder import Decoder
 from minigpt.model.hf import QUANT_METHOD, config_from_hf, is_quantized
 from minigpt.model.hf_write import config_to_hf, family_of
 from minigpt.model.linear import Int8Embedding, Int8Linear
-from minigpt.model.tensor_files import read_tensors, weight_files, write_tensors
+from minigpt.model.tensor_files import read_tensors, write_tensors
+from minigpt.model.tensor_headers import weight_files
 from minigpt.model.tensor_names import from_hf, to_hf
 
 CONFIG = "config.json"

@@ -74,6 +74,12 @@ class ServeMetrics:
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed.")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
         self._preemptions = self._counter("vllm:num_preemptions", "Sequences preempted.")
+        self._prefix_queries = self._counter(
+            "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
+        )
+        self._prefix_hits = self._counter(
+            "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache."
+        )
         self._step_tokens = self._histogram(
             "vllm:iteration_tokens_total", "Tokens computed in a step.", _TOKENS
         )
@@ -141,6 +147,8 @@ class ServeMetrics:
         self._prompt_tokens.inc(stats.prompt_tokens - self._last.prompt_tokens)
         self._generation_tokens.inc(stats.generation_tokens - self._last.generation_tokens)
         self._preemptions.inc(stats.preemptions - self._last.preemptions)
+        self._prefix_queries.inc(stats.prefix_cache_queries - self._last.prefix_cache_queries)
+        self._prefix_hits.inc(stats.prefix_cache_hits - self._last.prefix_cache_hits)
         self._last = stats
         if new_step:
             self._step_tokens.observe(

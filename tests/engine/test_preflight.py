@@ -1,0 +1,115 @@
+"""What a model takes, from its headers, against what it takes once loaded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minigpt.core.errors import ConfigError, ModelError
+from minigpt.engine.config import EngineConfig
+from minigpt.engine.engine import Engine
+from minigpt.engine.packing import pack_weights
+from minigpt.engine.preflight import plan_memory, preflight, read_model_config, weight_bytes
+from minigpt.model.linear import quantize_module
+from minigpt.model.tensor_headers import read_headers, weight_files
+from minigpt.model.weights import load_model, save_model
+
+
+def _config(**changes: Any) -> EngineConfig:
+    settings = {"device": "cpu", "dtype": "float32", "threads": 1, "max_batched_tokens": 64}
+    return EngineConfig.model_validate(settings | changes)
+
+
+@pytest.fixture(params=["plain", "int8", "sharded"])
+def model(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> Path:
+    if request.param == "plain":
+        return tiny_model
+    loaded = load_model(tiny_model)
+    if request.param == "int8":
+        quantize_module(loaded.model)
+    shard = 20_000 if request.param == "sharded" else 1 << 30
+    save_model(
+        tmp_path / "m", loaded.model, loaded.config, tokenizer_dir=tiny_model, max_shard_bytes=shard
+    )
+    return tmp_path / "m"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_take_what_was_estimated(model: Path, dtype: str) -> None:
+    loaded = load_model(model, dtype=dtype)
+    actual = sum(t.numel() * t.element_size() for t in loaded.model.state_dict().values())
+    headers = read_headers(weight_files(model))
+    assert weight_bytes(headers, _config(dtype=dtype), read_model_config(model)) == actual
+
+
+def test_a_tied_output_projection_is_packed_beside_the_embedding(tmp_path: Path) -> None:
+    from minigpt.model.config import ModelConfig
+    from minigpt.model.decoder import Decoder
+
+    config = ModelConfig(
+        vocab_size=300, num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=2, head_dim=16,
+        intermediate_size=64, context_length=64, tie_embeddings=True,
+    )  # fmt: skip
+    save_model(tmp_path, Decoder(config).bfloat16(), config)
+    headers = read_headers(weight_files(tmp_path))
+    stored = sum(header.num_bytes for header in headers)
+    assert weight_bytes(headers, _config(dtype="bfloat16"), config) == stored + 300 * 32 * 2
+    loaded = load_model(tmp_path).model
+    assert loaded.lm_head is None
+    pack_weights(loaded)
+    assert loaded.lm_head is not None
+
+
+def test_the_plan_is_what_the_engine_does(tiny_model: Path) -> None:
+    config = EngineConfig(device="cpu", dtype="float32", max_num_seqs=3, context_length=100)
+    plan = preflight(tiny_model, config, report=lambda line: None)
+    engine = Engine.load(tiny_model, config)
+    ready = engine.ready()
+    assert plan.kv_cache_bytes == engine.config.kv_cache_bytes
+    assert plan.max_concurrent_tokens == ready.kv_blocks_total * ready.block_size == 3 * 112
+    assert plan.context_length == ready.context_length == 100
+    assert (plan.device, plan.dtype) == ("cpu", "float32")
+
+
+def test_the_shortfall_is_exact(tiny_model: Path) -> None:
+    def plan(available: int, **changes: Any) -> Any:
+        config = _config(memory_fraction=1, **changes)
+        return plan_memory(tiny_model, config, available=available, report=lambda line: None)
+
+    roomy = plan(1 << 30)
+    weights, context = roomy.weight_bytes, 512 * roomy.kv_bytes_per_token
+    with pytest.raises(ModelError, match=f"{weights} bytes of weights .* short by 1 bytes"):
+        plan(weights - 1)
+    block = 16 * roomy.kv_bytes_per_token
+    with pytest.raises(ConfigError, match=f"one context of 512 tokens .*short by {block} "):
+        plan(weights + context - 1)
+    assert plan(weights + context).max_concurrent_tokens == 512
+    with pytest.raises(ConfigError, match="short by 1 "):
+        plan(weights + context + block - 1, kv_cache_bytes=context + block)
+
+
+def test_the_engine_refuses_before_it_loads(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minigpt.engine.engine._free_memory", lambda config: 1000)
+    monkeypatch.setattr("minigpt.model.weights.load_model", None)
+    with pytest.raises(ModelError, match="1000 are free"):
+        Engine.load(tiny_model, _config())
+
+
+def test_broken_directories_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    def check(message: str) -> None:
+        with pytest.raises(ModelError, match=message):
+            preflight(tmp_path, _config(), report=lambda line: None)
+
+    check("no model at .*config.json")
+    (tmp_path / "config.json").write_text("[]")
+    check("holds a list, not an object")
+    shutil.copy(tiny_model / "config.json", tmp_path)
+    check("holds no weights")
+    for content in (b"", b"\xff" * 64, (4).to_bytes(8, "little") + b"null"):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        check("is no safetensors file")
