@@ -14,7 +14,7 @@ from minigpt.core.config import load_config
 from minigpt.core.errors import ConfigError, GateError, RegistryError
 from minigpt.core.storage import is_remote
 from minigpt.core.telemetry import configure_logging
-from minigpt.evaluate.config import METRICS, EvaluateConfig, GateConfig
+from minigpt.evaluate.config import EvaluateConfig, GateConfig, metric_info
 
 if TYPE_CHECKING:
     from minigpt.evaluate.gate import Evidence
@@ -58,6 +58,12 @@ def evaluate(
             "registry, whose report it is. Default: what the gate names.",
         ),
     ] = None,
+    parity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPORT", help="A report of `minigpt parity` on this model, for the gate."
+        ),
+    ] = None,
     samples: Annotated[
         int | None, typer.Option(min=0, help="Code completions to parse; same as --set samples.")
     ] = None,
@@ -89,7 +95,8 @@ def evaluate(
     path = resolve_model(model)
     reference = _baseline(named) if named is not None and rules and rules.regressions else None
     dataset = open_artifact(data, kind="dataset")
-    made = run(path, dataset, out, settings, gate=rules, baseline=reference)
+    certificate = None if parity is None else open_artifact(parity, kind="report")
+    made = run(path, dataset, out, settings, gate=rules, baseline=reference, parity=certificate)
     report = Evidence.load(made.path).report
     result = {"uri": made.uri, "id": made.id, **report.model_dump(mode="json")}
     emit(result, json=json, human=lambda: _print_report(result))
@@ -143,8 +150,7 @@ def _print_report(result: Mapping[str, Any]) -> None:
     if is_wide:
         table.add_column("meaning")
     for name, value in result["metrics"].items():
-        meaning = METRICS[name].meaning if name in METRICS else "a task's score by lm-eval"
-        row = (name, f"{value['estimate']:.4f}", _interval(value), meaning)
+        row = (name, f"{value['estimate']:.4f}", _interval(value), metric_info(name).meaning)
         table.add_row(*row[: 3 + is_wide])
     console.print(
         f"{result['documents']:,} documents, {result['bytes']:,} bytes, "

@@ -19,6 +19,7 @@ COMMANDS = {
     "chaos": "Inject faults into training and certify that the result is the same.",
     "jobs": "A queue of jobs on this machine or a Ray cluster; job specs; cluster simulation.",
     "evaluate": "Measure a model and judge it by a gate.",
+    "parity": "Compare what is served with what was trained.",
     "compress": "Make a model smaller and report what that cost.",
     "models": "The registry: versions, aliases, promotion, import and export.",
     "serve": "Serve a model over an OpenAI-compatible API.",

@@ -60,3 +60,18 @@ class EngineConfig(Config):
                 f"max_num_seqs = {self.max_num_seqs}, or decode could not serve all"
             )
         return self
+
+
+class ParityConfig(Config):
+    """How serving is compared with training; see `minigpt parity`."""
+
+    dtypes: tuple[Auto | Literal["float32", "bfloat16"], ...] = Field(("auto",), min_length=1)
+    """Serve in each of these, one after another; auto is what `minigpt serve` takes here."""
+    max_tokens: int = Field(4096, ge=2)
+    """Compare this many of the text's first tokens."""
+    context_length: int = Field(512, ge=2)
+    """Cut them into windows of this length, or the model's own limit where that is less."""
+    decode_tokens: int = Field(16, ge=1)
+    """Continue each window's beginning by this many greedy tokens."""
+    engine: EngineConfig = EngineConfig()
+    """The engine that serves; its dtype is taken from `dtypes`."""

@@ -23,6 +23,7 @@ from minigpt.engine.output import OutputProcessor, Vocabulary
 from minigpt.engine.packing import pack_weights
 from minigpt.engine.prefix_cache import prefix_root
 from minigpt.engine.preflight import plan_memory
+from minigpt.engine.prompt import Observer
 from minigpt.engine.resolve import kv_bytes_per_token, resolve_memory, resolve_numerics
 from minigpt.engine.runner import ModelRunner
 from minigpt.engine.sampler import sample
@@ -178,8 +179,12 @@ class Engine:
         tokens = len(request.prompt_token_ids) + max(request.sampling.max_tokens, 1) - 1
         self._scheduler.check_fits(tokens)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, *, observe: Observer | None = None) -> None:
         """Queue a request.
+
+        Args:
+            request: It.
+            observe: Sees the prompt's logits, where the request asks for `prompt_logprobs`.
 
         Raises:
             RequestError: As `check`, or its id is in use. Nothing was queued.
@@ -198,6 +203,8 @@ class Engine:
         now = self._clock.monotonic()
         for sequence in sequences:
             sequence.arrived_seconds = now
+            if sequence.reader is not None:
+                sequence.reader.observe = observe
             sequence.shaping = Shaping.of(sampling, request.prompt_token_ids, self._eos_token_ids)
             if sampling.structured is None:
                 self._scheduler.add(sequence)

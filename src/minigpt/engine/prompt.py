@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from minigpt.api.requests import Pooling, Request
 from minigpt.engine.choice import Sampled
+
+Observer = Callable[[int, Any], None]
+"""Sees the prompt's logits as they come: the first position, and (R, V) float32 logits of it and
+those after it. Each position but the last is seen once, in order."""
 
 
 @dataclass(slots=True)
@@ -27,6 +33,8 @@ class PromptReader:
     """Of the prompt's tokens from the second on."""
     pooled: npt.NDArray[np.float64] | None = None
     """(C,) sum of the hidden states read, or the last of them."""
+    observe: Observer | None = None
+    """Where the log-probabilities are wanted whole, of all tokens."""
 
     @classmethod
     def of(cls, request: Request) -> PromptReader | None:

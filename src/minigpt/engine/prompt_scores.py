@@ -39,7 +39,10 @@ def read_prompt(hidden: Tensor, chunk: Chunk, project: Callable[[Tensor], Tensor
             end = min(begin + _ROWS, stop, prompt - 1)
             rows = hidden[begin - chunk.start : end - chunk.start]
             targets = sequence.token_ids[begin + 1 : end + 1]
-            scores += score(project(rows).float(), targets, reader.num_logprobs)
+            logits = project(rows).float()
+            scores += score(logits, targets, reader.num_logprobs)
+            if reader.observe is not None:
+                reader.observe(begin, logits)
         reader.scores += scores
     rows = hidden[first - chunk.start : stop - chunk.start]
     if reader.pooling == "mean":

@@ -28,9 +28,11 @@ METRICS: dict[str, MetricInfo] = {
     "parse_rate": MetricInfo("higher", "share of code completions that ast.parse accepts"),
     "parse_rate_reference": MetricInfo("higher", "the same rate for the true continuations"),
 }
-"""The metrics of every report; tasks add `task/<task>/<metric>`."""
+"""The metrics of every report; tasks add `task/<task>/<metric>`, a parity report
+`parity/<served dtype>/<reference dtype>/<number>`."""
 
 _TASK_PREFIX = "task/"
+_PARITY_PREFIX = "parity/"
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "nll", "loss", "error", "wer", "ter")
 
 
@@ -45,11 +47,15 @@ def metric_info(name: str) -> MetricInfo:
     if name.startswith(_TASK_PREFIX) and name.count("/") >= 2:
         lower = any(word in name.rsplit("/", 1)[1] for word in _LOWER_IS_BETTER)
         return MetricInfo("lower" if lower else "higher", "a task's score by lm-eval")
+    if name.startswith(_PARITY_PREFIX) and name.count("/") == 3:
+        agreement = name.endswith("agreement")
+        return MetricInfo("higher" if agreement else "lower", "serving against training")
     nearest = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
     hint = (
         f"did you mean {nearest[0]!r}?"
         if nearest
-        else f"known metrics: {', '.join(METRICS)}, task/<task>/<metric>"
+        else f"known metrics: {', '.join(METRICS)}, task/<task>/<metric>, "
+        "parity/<served>/<reference>/<number>"
     )
     raise ValueError(f"unknown metric {name!r}: {hint}")
 

@@ -32,6 +32,7 @@ from minigpt.evaluate.measures import (
     resampling,
     sample_metrics,
 )
+from minigpt.evaluate.parity import load_parity
 from minigpt.evaluate.report import (
     REPORT_FILE,
     SAMPLES_FILE,
@@ -76,6 +77,7 @@ def evaluate(
     *,
     gate: GateConfig | None = None,
     baseline: Evidence | None = None,
+    parity: Artifact | None = None,
 ) -> Artifact:
     """Measure a model on a dataset's held-out documents and write the report.
 
@@ -87,24 +89,29 @@ def evaluate(
         config: What to measure.
         gate: Rules to judge the report by; the verdict becomes part of it.
         baseline: What the gate's regressions are measured against.
+        parity: A parity report of this model, whose numbers become metrics too.
 
     Returns:
-        The report; its parents are the model (where it is an artifact) and the dataset.
+        The report; its parents are the model (where it is an artifact), the dataset and the
+        parity report.
 
     Raises:
         DataError: No held-out documents.
         ModelError: No model, or no tokenizer that fits it.
-        ArtifactError: A corrupt artifact, or something at `destination`.
+        ArtifactError: A corrupt artifact, a parity report of another model, or something at
+            `destination`.
     """
     check_free(destination)
     found = measure(model, dataset, config)
     report = found.report
+    if parity is not None:
+        report = report.replace(metrics=report.metrics | _parity_metrics(parity, report))
     provenance = {"evaluate": config.model_dump(mode="json")}
     if gate is not None:
         verdict = judge(gate, Evidence(report, found.scores), baseline, resampling(config))
         report = report.replace(verdict=verdict)
         provenance["gate"] = gate.model_dump(mode="json")
-    parents = [found.source, dataset] if found.source else [dataset]
+    parents = [each for each in (found.source, dataset, parity) if each is not None]
     with create_artifact(destination, kind="report", parents=parents, config=provenance) as draft:
         text = json.dumps(report.model_dump(mode="json"), indent=1) + "\n"
         (draft.path / REPORT_FILE).write_text(text, encoding="utf-8")
@@ -165,6 +172,17 @@ def measure(model: str | Path, dataset: Artifact, config: EvaluateConfig) -> Mea
         notes=tuple(_notes(config, metrics, len(samples))),
     )
     return Measurement(source, loaded.path, report, scores, samples)
+
+
+def _parity_metrics(parity: Artifact, report: Report) -> dict[str, Measured]:
+    certificate = load_parity(parity)
+    if certificate.model.id != report.model.id:
+        raise ArtifactError(
+            f"{parity.uri} is the parity of model {certificate.model.id[:12]}, not of "
+            f"{report.model.id[:12]}",
+            remedy="run `minigpt parity` on the model that is evaluated",
+        )
+    return certificate.metrics()
 
 
 def _numerics(config: EvaluateConfig) -> tuple[str, str]:

@@ -1,0 +1,146 @@
+"""Parity reports of real engines: exact where serving is, wrong where weights differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minigpt.cli.main import run
+from minigpt.compress.config import CompressConfig
+from minigpt.compress.quantize import quantize_int8
+from minigpt.core.artifact import lineage, open_artifact
+from minigpt.core.errors import ArtifactError, DataError
+from minigpt.engine.config import ParityConfig
+from minigpt.engine.parity import certify
+from minigpt.evaluate.config import EvaluateConfig, GateConfig
+from minigpt.evaluate.gate import Evidence
+from minigpt.evaluate.parity import ParityReport, ParityRow, load_parity
+from minigpt.evaluate.run import evaluate
+
+CONFIG = ParityConfig.model_validate(
+    {
+        "dtypes": ["float32", "bfloat16"],
+        "max_tokens": 300,
+        "context_length": 100,
+        "decode_tokens": 8,
+        "engine": {"device": "cpu", "threads": 1, "block_size": 4, "max_batched_tokens": 48},
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def report(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return certify(tiny_model, tmp_path_factory.mktemp("parity") / "report", CONFIG).path
+
+
+@pytest.fixture(scope="module")
+def int8(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("int8") / "model"
+    return quantize_int8(tiny_model, out, CompressConfig()).path
+
+
+def row(report: ParityReport, served: str, reference: str) -> ParityRow:
+    (found,) = (
+        r for r in report.rows if (r.served_dtype, r.reference_dtype) == (served, reference)
+    )
+    return found
+
+
+def test_float32_serves_what_was_trained_and_bfloat16_nearly(
+    report: Path, tiny_model: Path
+) -> None:
+    artifact = open_artifact(report, kind="report")
+    found = load_parity(artifact)
+    assert found.windows == 3 and found.context_length == 100
+    exact = row(found, "float32", "float32")
+    assert exact.prefill.tokens == 3 * 99 and exact.decode.tokens == 3 * 8
+    for numbers in (exact.prefill, exact.decode):
+        assert numbers.max_delta < 1e-3
+        assert numbers.greedy_agreement == 1
+    assert exact.prefill.mean_kl is not None and exact.prefill.mean_kl < 1e-6
+    rounded = row(found, "bfloat16", "float32")
+    assert exact.prefill.max_delta < rounded.prefill.p99_delta < 1
+    assert 0.8 < rounded.prefill.greedy_agreement <= 1
+    same = row(found, "bfloat16", "bfloat16")
+    assert same.prefill.mean_kl is not None and rounded.prefill.mean_kl is not None
+    assert exact.prefill.mean_kl < same.prefill.mean_kl < 0.1
+    (parent,) = lineage(artifact).ancestors
+    assert parent.parent.id == open_artifact(tiny_model, verify=False).id
+
+
+def test_quantization_is_measured_against_what_it_was_made_from(
+    int8: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.replace(dtypes=("float32",))
+    own = row(load_parity(certify(int8, tmp_path / "own", config)), "float32", "float32")
+    cost = certify(int8, tmp_path / "cost", config, reference=tiny_model)
+    base = row(load_parity(cost), "float32", "float32")
+    assert own.quantization == base.quantization == "int8"
+    assert own.prefill.max_delta < 1e-3 < base.prefill.max_delta
+    assert {p.id for p in cost.manifest.parents} == {
+        open_artifact(path, verify=False).id for path in (int8, tiny_model)
+    }
+
+
+def test_other_weights_are_found_out(tiny_model: Path, tmp_path: Path) -> None:
+    """The comparison can fail: a reference of other weights is far off."""
+    import torch
+
+    from minigpt.model.weights import load_model, save_model
+
+    loaded = load_model(tiny_model)
+    loaded.model.init_weights(torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        loaded.model.output_weight.mul_(20)
+    save_model(tmp_path / "other", loaded.model, loaded.config, tokenizer_dir=tiny_model)
+    config = CONFIG.replace(dtypes=("float32",))
+    made = certify(tiny_model, tmp_path / "report", config, reference=tmp_path / "other")
+    found = row(load_parity(made), "float32", "float32")
+    assert found.prefill.mean_kl is not None and found.prefill.mean_kl > 0.5
+    assert found.prefill.greedy_agreement < 0.5
+
+
+def test_a_gate_can_require_parity(
+    report: Path, int8: Path, tiny_model: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    dataset, parity = open_artifact(tiny_dataset), open_artifact(report)
+    config = EvaluateConfig(
+        max_documents=2, device="cpu", dtype="float32", compressors=False, bootstrap_samples=100
+    )
+
+    def verdict(name: str, limit: float, *, given: bool) -> str:
+        thresholds = {"parity/float32/float32/p99_delta": {"max": limit}}
+        gate = GateConfig.model_validate({"min_documents": 1, "thresholds": thresholds})
+        made = evaluate(
+            tiny_model, dataset, tmp_path / name, config, gate=gate,
+            parity=parity if given else None,
+        )  # fmt: skip
+        found = Evidence.load(made.path).report.verdict
+        assert found is not None
+        return found.verdict
+
+    assert verdict("a", 1e-3, given=True) == "pass"
+    assert verdict("b", 0.0, given=True) == "fail"
+    assert verdict("c", 1e-3, given=False) == "insufficient"
+    with pytest.raises(ArtifactError, match="is the parity of model"):
+        evaluate(int8, dataset, tmp_path / "d", config, parity=parity)
+
+
+def test_a_text_that_is_too_short_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("short")
+    with pytest.raises(DataError, match="windows of 6 tokens"):
+        certify(tiny_model, tmp_path / "report", CONFIG, text=text)
+
+
+def test_the_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--dtype=float32", "--set=max_tokens=60", "--set=engine.threads=1"]
+    command = ["parity", str(tiny_model), *options, "--out"]
+    assert run([*command, str(tmp_path / "a"), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["rows"]
+    assert found["prefill"]["greedy_agreement"] == 1
+    assert run([*command, str(tmp_path / "b")]) == 0
+    assert "100.00%" in capsys.readouterr().out
+    assert run([*command, str(tmp_path / "b")]) == 2
