@@ -78,6 +78,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """Lower goes first among the requests of a tenant."""
     tenant: str = ""
     """Whose share of the engine the request takes; tenants are served in proportion."""
+    adapter: str | None = None
+    """The loaded adapter that answers, by its name; None is the model itself."""
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
@@ -117,6 +119,9 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
     """Length of the prompt."""
     queue_seconds: float | None = None
     """On a sequence's first token: how long it waited in the engine before its first step."""
+    weights: str | None = None
+    """On a sequence's first token: the digest of the weights that compute it, `+` and the
+    adapter's where there is one."""
     error: str = ""
     """Why, where `finish_reason` is "error"."""
 
@@ -153,3 +158,9 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     block_size: int
     eos_token_id: int | None
     load_seconds: float
+    adapters: dict[str, str] = {}
+    """Digests of the loaded adapters, by the names that requests use."""
+    engine_config: str = ""
+    """The EngineConfig with every "auto" settled, as JSON."""
+    environment: dict[str, str] = {}
+    """What else the last bits of an answer depend on: versions, processor."""

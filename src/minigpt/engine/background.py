@@ -6,13 +6,23 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import TypeVar
 
 from minigpt.api.requests import Delta, Request
 from minigpt.core.errors import MinigptError, RequestError
 from minigpt.engine.engine import Engine
 
+_CLOSED_POLL_SECONDS = 0.5
+
 Sink = Callable[[Delta | MinigptError], None]
 """Takes what comes for one request, in the engine's thread; an error is the last that comes."""
+
+
+Action = Callable[[Engine], None]
+"""Something to do with the engine between two steps, in its thread; must not raise."""
+
+T = TypeVar("T")
 
 
 class EngineThread:
@@ -27,7 +37,9 @@ class EngineThread:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._inbox: queue.SimpleQueue[tuple[Request, Sink] | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[Request, Sink] | Action | str | None] = (
+            queue.SimpleQueue()
+        )
         self._sinks: dict[str, tuple[Sink, int]] = {}
         """Where each request's deltas go, and how many of its sequences are unfinished."""
         self._closed = False
@@ -49,6 +61,29 @@ class EngineThread:
     def abort(self, request_id: str) -> None:
         """Drop a request; its sink is not called any more. Unknown ids are ignored."""
         self._inbox.put(request_id)
+
+    def call(self, work: Callable[[Engine], T]) -> T:
+        """Do something with the engine between two steps, and return or raise what it does.
+
+        Raises:
+            RequestError: Closed, or the engine's thread has failed.
+        """
+        done: Future[T] = Future()
+
+        def act(engine: Engine) -> None:
+            try:
+                done.set_result(work(engine))
+            except Exception as error:
+                done.set_exception(error)
+
+        if self._closed:
+            raise RequestError("the engine is closed", status=503)
+        self._inbox.put(act)
+        while not done.done() and not self._closed:
+            wait([done], timeout=_CLOSED_POLL_SECONDS)
+        if not done.done():
+            raise RequestError("the engine is closed", status=503)
+        return done.result()
 
     def close(self) -> None:
         """End the thread; what is unfinished gets an error. Idempotent."""
@@ -79,6 +114,9 @@ class EngineThread:
             if isinstance(message, str):
                 self._sinks.pop(message, None)
                 self._engine.abort(message)
+                continue
+            if callable(message):
+                message(self._engine)
                 continue
             request, sink = message
             try:

@@ -27,6 +27,8 @@ class BlockManager:
         self.block_size = block_size
         self._free = list(reversed(range(num_blocks)))
         """Without references or digest."""
+        self.num_untouched = num_blocks
+        """Blocks that were never taken: their memory was never written."""
         self._idle: OrderedDict[int, None] = OrderedDict()
         """With a digest but without references, unused for longest first."""
         self._references = [0] * num_blocks
@@ -51,6 +53,7 @@ class BlockManager:
         """Take `count` free blocks, each with one reference; there must be as many."""
         assert 0 <= count <= self.num_free, f"{count} of {self.num_free} free blocks"
         blocks = [self._free.pop() if self._free else self._evict() for _ in range(count)]
+        self.num_untouched = min(self.num_untouched, len(self._free))
         for block in blocks:
             self._references[block] = 1
         return blocks

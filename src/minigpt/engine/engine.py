@@ -15,10 +15,12 @@ from minigpt.core.clock import Clock, SystemClock
 from minigpt.core.errors import RequestError
 from minigpt.core.machine import describe_machine
 from minigpt.core.storage import is_remote
+from minigpt.data.tokenizer import Tokenizer
 from minigpt.engine.blocks import BlockManager
 from minigpt.engine.config import EngineConfig
 from minigpt.engine.cost_model import Pacer
 from minigpt.engine.fairness import FairQueue
+from minigpt.engine.host import environment, free_memory
 from minigpt.engine.output import OutputProcessor, Vocabulary
 from minigpt.engine.packing import pack_weights
 from minigpt.engine.prefix_cache import prefix_root
@@ -31,7 +33,9 @@ from minigpt.engine.scheduler import Chunk, Scheduler
 from minigpt.engine.sequence import Sequence
 from minigpt.engine.shaping import Shaping
 from minigpt.engine.structured import GrammarCompiler
+from minigpt.engine.swap import Exchange, Host
 from minigpt.engine.validate import check_request
+from minigpt.engine.weights import HeldWeights
 from minigpt.model.decoder import Decoder
 
 
@@ -68,7 +72,6 @@ class Engine:
         self.vocabulary = vocabulary
         self._context_length = config.context_length
         self._model_config = model.config
-        self._model_id = model_id
         self._clock = clock or SystemClock()
         per_block = kv_bytes_per_token(config, model.config) * config.block_size
         blocks = BlockManager(config.kv_cache_bytes // per_block, config.block_size)
@@ -87,13 +90,14 @@ class Engine:
             prefix_cache=config.prefix_cache,
             priority_step_tokens=config.priority_step_tokens,
         )
-        self._prefix_root = prefix_root(model_id)
-        self._runner = ModelRunner(
+        runner = ModelRunner.with_cache(
             model,
             num_blocks=blocks.num_blocks,
             block_size=config.block_size,
             dtype=getattr(torch, config.dtype),
         )
+        self._weights = HeldWeights(model_id, runner)
+        self._exchange = Exchange(self._weights, self._host, self.ready)
         ends = model.config.stop_token_ids
         eos = (model.config.eos_token_id, vocabulary.eos_token_id, *ends)
         self._eos_token_ids = tuple(dict.fromkeys(t for t in eos if t is not None))
@@ -131,7 +135,6 @@ class Engine:
             ConfigError: The KV cache can't hold one context, or no such device is there.
         """
         from minigpt.core.telemetry import get_logger
-        from minigpt.data.tokenizer import Tokenizer
         from minigpt.model.weights import check_vocab, load_model
 
         clock = clock or SystemClock()
@@ -146,14 +149,12 @@ class Engine:
         assert config.threads != "auto"
         torch.set_num_threads(config.threads)
         if not is_remote(path):
-            plan_memory(
-                Path(path), config, available=_free_memory(config), report=lambda line: None
-            )
+            plan_memory(Path(path), config, available=free_memory(config), report=lambda line: None)
         loaded = load_model(path, dtype=config.dtype, device=config.device)
         tokenizer = Tokenizer.load(loaded.path)
         check_vocab(loaded.config, tokenizer.vocab_size)
         pack_weights(loaded.model)
-        available = _free_memory(config)
+        available = free_memory(config)
         config = resolve_memory(config, loaded.config, available=available, report=log.info)
         engine = cls(loaded.model, tokenizer, config, model_id=loaded.id, clock=clock)
         engine._load_seconds = clock.monotonic() - started
@@ -162,13 +163,15 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to hand over."""
-        return self._scheduler.has_work or bool(self._pending) or bool(self._held)
+        waits = bool(self._held) or self._exchange.under_way
+        return self._scheduler.has_work or bool(self._pending) or waits
 
     def check(self, request: Request) -> None:
         """Refuse what can't be served, now or ever; changes nothing and is thread-safe.
 
         Raises:
-            RequestError: A bad parameter, a token outside the vocabulary, or too long.
+            RequestError: A bad parameter, a token outside the vocabulary, too long, or an
+                adapter that is not loaded.
         """
         check_request(
             request,
@@ -176,6 +179,7 @@ class Engine:
             context_length=self._context_length,
             max_logprobs=self.config.max_logprobs,
         )
+        self._weights.adapter(request.adapter)
         tokens = len(request.prompt_token_ids) + max(request.sampling.max_tokens, 1) - 1
         self._scheduler.check_fits(tokens)
 
@@ -195,8 +199,12 @@ class Engine:
         sampling = request.sampling
         seed = sampling.seed
         seed = self._seeds.getrandbits(64) if seed is None else seed
+        weights, adapter = self._weights.current, self._weights.adapter(request.adapter)
+        root = prefix_root(weights, adapter)
         sequences = [
-            Sequence.from_request(request, index, next(self._arrivals), seed, self._prefix_root)
+            Sequence.from_request(
+                request, index, next(self._arrivals), seed, root, weights=weights, adapter=adapter
+            )
             for index in range(request.n)
         ]
         self._requests[request.id] = sequences
@@ -232,6 +240,10 @@ class Engine:
         """
         started = self._clock.monotonic()
         self._release_compiled()
+        if self._exchange.under_way and self._exchange.install(
+            may_wait=not (self._scheduler.has_work or self._pending)
+        ):
+            self._release_weights()
         deltas, self._pending = self._pending, []
         batch = self._scheduler.schedule()
         if not batch.chunks:
@@ -239,7 +251,7 @@ class Engine:
         for chunk in batch.chunks:
             if chunk.sequence.queue_seconds is None:
                 chunk.sequence.queue_seconds = started - chunk.sequence.arrived_seconds
-        self._runner.copy_blocks(batch.copies)
+        self._weights.runner.copy_blocks(batch.copies)
         deltas += self._run(batch.chunks)
         self._steps += 1
         seconds = self._clock.monotonic() - started
@@ -249,6 +261,25 @@ class Engine:
         if not self._scheduler.has_work:
             self._scheduler.check()
         return deltas
+
+    def swap(self, path: str | Path) -> Future[Ready]:
+        """Serve other weights; see `Exchange.swap`."""
+        return self._exchange.swap(path)
+
+    def load_adapter(self, name: str, path: str | Path) -> Ready:
+        """Let requests name a LoRA adapter of the served weights; see `Exchange.load_adapter`."""
+        self._exchange.load_adapter(name, path)
+        return self.ready()
+
+    def unload_adapter(self, name: str) -> Ready:
+        """Drop an adapter; sequences that run with it finish with it.
+
+        Raises:
+            RequestError: Status 404, there is none of this name.
+        """
+        self._weights.unload_adapter(name)
+        self._release_weights()
+        return self.ready()
 
     def stats(self) -> EngineStats:
         """Return the counters and gauges as they are between two steps."""
@@ -274,19 +305,22 @@ class Engine:
         """Return what clients of the engine need to know of the model."""
         blocks = self._scheduler.blocks
         return Ready(
-            model_id=self._model_id,
+            model_id=self._weights.current,
             vocab_size=self._model_config.vocab_size,
             context_length=self._context_length,
             kv_blocks_total=blocks.num_blocks,
             block_size=blocks.block_size,
             eos_token_id=self._eos_token_ids[0] if self._eos_token_ids else None,
             load_seconds=self._load_seconds,
+            adapters=dict(self._weights.adapters),
+            engine_config=self.config.model_dump_json(),
+            environment=environment(),
         )
 
     def _run(self, chunks: list[Chunk]) -> list[Delta]:
         """Run and sample; where that raises, find the culprit by running chunk by chunk."""
         try:
-            logits, sequences = self._runner.run(chunks)
+            logits, sequences = self._weights.run(chunks)
             choices = sample(logits, sequences)
         except Exception as error:
             if len(chunks) == 1:
@@ -311,7 +345,7 @@ class Engine:
         return deltas
 
     def _fail(self, sequence: Sequence, error: str) -> Delta:
-        self._runner.clear(self._scheduler.poison(sequence))
+        self._weights.runner.clear(self._scheduler.poison(sequence))
         self._finish(sequence)
         return self._output.close(sequence, "error", error)
 
@@ -339,10 +373,18 @@ class Engine:
         siblings.remove(sequence)
         if not siblings:
             del self._requests[sequence.request_id]
+            self._release_weights()
 
+    def _release_weights(self) -> None:
+        """Free the weights and adapters that nothing needs any more."""
+        self._weights.release(s for sequences in self._requests.values() for s in sequences)
 
-def _free_memory(config: EngineConfig) -> int:
-    """Return the free bytes of the device."""
-    if config.device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    return describe_machine().memory_available
+    def _host(self) -> Host:
+        """Describe what new weights or adapters must fit."""
+        assert isinstance(self.vocabulary, Tokenizer), "weights come with a tokenizer"
+        blocks, promised = self._scheduler.blocks, 0
+        if self.config.device == "cpu":  # where memory is taken as it is first written
+            assert self.config.kv_cache_bytes != "auto"
+            promised = self.config.kv_cache_bytes * blocks.num_untouched // blocks.num_blocks
+        available = max(0, free_memory(self.config) - promised)
+        return Host(self.config, self._model_config, self.vocabulary, available)

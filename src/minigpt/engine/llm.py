@@ -105,6 +105,7 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         n: int = 1,
+        adapter: str | None = None,
         progress: bool = True,
     ) -> list[Completion]:
         """Answer prompts, as many at once as the engine has room for.
@@ -113,6 +114,7 @@ class LLM:
             prompts: One or several.
             sampling: For all of them, or one for each; the defaults of `SamplingParams`.
             n: Answers to each prompt.
+            adapter: The loaded adapter that answers; None is the model itself.
             progress: Show a bar on standard error, where that is a terminal.
 
         Returns:
@@ -125,7 +127,7 @@ class LLM:
         several = _several(prompts)
         samplings = _spread(sampling or SamplingParams(), len(several))
         requests = [
-            self._request(prompt, params, n)
+            self._request(prompt, params, n, adapter)
             for prompt, params in zip(several, samplings, strict=True)
         ]
         return self._complete(requests, progress)
@@ -220,12 +222,31 @@ class LLM:
             if unfinished:
                 self._thread.abort(request.id)
 
-    def _request(self, prompt: Prompt, sampling: SamplingParams, n: int) -> Request:
+    def swap(self, model: str | Path) -> str:
+        """Serve other weights; what runs finishes on the old ones. Returns the new ones' digest.
+
+        Raises:
+            ModelError, ArtifactError: As `Engine.swap`; nothing has changed then.
+        """
+        done = self._thread.call(lambda engine: engine.swap(model))
+        return done.result().model_id
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Let `generate` name a LoRA adapter; errors as `Engine.load_adapter`."""
+        self._thread.call(lambda engine: engine.load_adapter(name, path))
+
+    def unload_adapter(self, name: str) -> None:
+        """Drop an adapter; errors as `Engine.unload_adapter`."""
+        self._thread.call(lambda engine: engine.unload_adapter(name))
+
+    def _request(
+        self, prompt: Prompt, sampling: SamplingParams, n: int, adapter: str | None = None
+    ) -> Request:
         if sampling.structured is not None:
             check_structured(sampling.structured)
         tokens = list(prompt) if not isinstance(prompt, str) else self._encode(prompt)
         name = uuid.uuid4().hex
-        request = Request(id=name, prompt_token_ids=tokens, sampling=sampling, n=n)
+        request = Request(id=name, prompt_token_ids=tokens, sampling=sampling, n=n, adapter=adapter)
         self._engine.check(request)
         return request
 

@@ -65,6 +65,7 @@ class OutputProcessor:
             finish_reason=reason,
             prompt_tokens=sequence.num_prompt_tokens,
             queue_seconds=sequence.queue_seconds if first else None,
+            weights=sequence.identity if first else None,
         )
 
     def answer_prompt(self, sequence: Sequence) -> Delta:
@@ -81,6 +82,7 @@ class OutputProcessor:
             finish_reason="length" if embedding is None else "stop",
             prompt_tokens=sequence.num_prompt_tokens,
             queue_seconds=sequence.queue_seconds,
+            weights=sequence.identity,
         )
 
     def close(self, sequence: Sequence, reason: FinishReason, error: str = "") -> Delta:

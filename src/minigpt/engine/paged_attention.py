@@ -43,6 +43,7 @@ class KVCache:
     ) -> None:
         shape = (num_blocks, block_size, model.num_kv_heads, model.head_dim)
         self.block_size = block_size
+        self.dtype = dtype
         self.keys = [_zeros(shape, dtype, device) for _ in range(model.num_layers)]
         self.values = [_zeros(shape, dtype, device) for _ in range(model.num_layers)]
 

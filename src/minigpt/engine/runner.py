@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minigpt.engine.adapters import AdapterSet
 from minigpt.engine.paged_attention import KVCache, PagedAttention
 from minigpt.engine.prompt_scores import read_prompt
 from minigpt.engine.scheduler import Chunk
@@ -13,27 +14,41 @@ from minigpt.model.decoder import Decoder
 
 
 class ModelRunner:
-    """Owns the model and the KV cache.
+    """Runs one set of weights over a KV cache.
 
     Args:
         model: In eval mode, on its device.
-        num_blocks: Blocks of the KV cache.
-        block_size: Tokens in a block.
-        dtype: Of the KV cache: that of the model's activations.
+        cache: Of the shape of the model's keys and values; other runners may use it too.
     """
 
-    def __init__(
-        self, model: Decoder, *, num_blocks: int, block_size: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: Decoder, cache: KVCache) -> None:
         self._model = model
         self._device = next(iter(model.state_dict().values())).device
-        self._cache = KVCache(
-            model.config,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            dtype=dtype,
-            device=self._device,
+        self._cache = cache
+        self.adapters = AdapterSet(model, cache.dtype)
+        """Of this model."""
+
+    @classmethod
+    def with_cache(
+        cls, model: Decoder, *, num_blocks: int, block_size: int, dtype: torch.dtype
+    ) -> ModelRunner:
+        """Make a runner and its KV cache.
+
+        Args:
+            model: In eval mode, on its device.
+            num_blocks: Blocks of the KV cache.
+            block_size: Tokens in a block.
+            dtype: Of the KV cache: that of the model's activations.
+        """
+        device = next(iter(model.state_dict().values())).device
+        cache = KVCache(
+            model.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
         )
+        return cls(model, cache)
+
+    def with_model(self, model: Decoder) -> ModelRunner:
+        """Return a runner of other weights over the same cache."""
+        return ModelRunner(model, self._cache)
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> tuple[Tensor, list[Sequence]]:
@@ -55,14 +70,19 @@ class ModelRunner:
         last_rows: list[int] = []
         sampled: list[Sequence] = []
         read: list[tuple[int, Chunk]] = []
+        adapted: dict[str, list[int]] = {}
         for chunk in ordered:
             if chunk.sequence.reader is not None:
                 read.append((len(tokens), chunk))
+            if (adapter := chunk.sequence.adapter) is not None:
+                rows = range(len(tokens), len(tokens) + chunk.length)
+                adapted.setdefault(adapter, []).extend(rows)
             tokens += chunk.sequence.token_ids[chunk.start : chunk.stop]
             positions += range(chunk.start, chunk.stop)
             if chunk.samples:
                 last_rows.append(len(tokens) - 1)
                 sampled.append(chunk.sequence)
+        self.adapters.use(adapted)
         hidden = self._model(self._tensor(tokens)[None], self._tensor(positions)[None], attention)
         for row, chunk in read:
             read_prompt(hidden[0, row : row + chunk.length], chunk, self._model.logits)

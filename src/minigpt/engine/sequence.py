@@ -45,6 +45,10 @@ class Sequence:
     """From priority and time of arrival, set by the scheduler; smaller is served first."""
     prefix_root: bytes = b""
     """Stands for the weights and the adapter that its keys and values depend on."""
+    weights: str = ""
+    """Digest of the weights that it runs on."""
+    adapter: str | None = None
+    """Digest of the adapter that it runs with; None is none."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Digests of its first full blocks; see `prefix_cache`."""
     reads_cache: bool = True
@@ -68,7 +72,15 @@ class Sequence:
 
     @classmethod
     def from_request(
-        cls, request: Request, index: int, arrival: int, seed: int, prefix_root: bytes = b""
+        cls,
+        request: Request,
+        index: int,
+        arrival: int,
+        seed: int,
+        prefix_root: bytes = b"",
+        *,
+        weights: str = "",
+        adapter: str | None = None,
     ) -> Sequence:
         """Make the `index`-th sequence of a request."""
         return cls(
@@ -85,12 +97,19 @@ class Sequence:
             priority=request.priority,
             tenant=request.tenant,
             prefix_root=prefix_root,
+            weights=weights,
+            adapter=adapter,
         )
 
     @property
     def order(self) -> tuple[int, int]:
         """Who goes first and who is preempted last: unique, and fixed from arrival on."""
         return self.urgency, self.arrival
+
+    @property
+    def identity(self) -> str:
+        """What computes it: the weights' digest, `+` and the adapter's where there is one."""
+        return self.weights if self.adapter is None else f"{self.weights}+{self.adapter}"
 
     @property
     def num_tokens(self) -> int:

@@ -191,7 +191,12 @@ class Adapter:
     """Where the base model was, as the file says."""
 
     def apply(self, model: nn.Module) -> None:
-        """Put the adapter onto its base model.
+        """Put the adapter onto its base model; errors as `prepare`."""
+        self.prepare(model)
+        load_trained_state(model, self.tensors)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Put an adapter of this shape, undefined in value, onto a model, perhaps on `meta`.
 
         Raises:
             ModelError: It has other layers or shapes than the model.
@@ -206,7 +211,6 @@ class Adapter:
                     f"the adapter is not this model's: {name} is {tuple(self.tensors[name].shape)} "
                     f"there and {tuple(tensor.shape)} here"
                 )
-        load_trained_state(model, self.tensors)
 
 
 def save_adapter(directory: Path, model: nn.Module, config: LoraConfig, base: str) -> None:

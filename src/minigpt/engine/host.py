@@ -1,0 +1,28 @@
+"""What the engine finds on its machine: free memory, and what an answer's last bits depend on."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import torch
+
+from minigpt.core.machine import describe_machine
+from minigpt.engine.config import EngineConfig
+
+
+def free_memory(config: EngineConfig) -> int:
+    """Return the free bytes of the device."""
+    if config.device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return describe_machine().memory_available
+
+
+def environment() -> dict[str, str]:
+    """Return what the last bits of an answer depend on besides weights and configuration."""
+    machine = describe_machine()
+    return {
+        "minigpt": version("minigpt"),
+        "torch": torch.__version__,
+        "processor": machine.processor,
+        "instruction_sets": " ".join(machine.instruction_sets),
+    }
