@@ -40,7 +40,8 @@ def job(echo: tuple[str, ...] = ()) -> Job:
     client = EngineClient(ServeMetrics("m"), monitor, clock)
     client.connect(lambda message: None, READY)
     generation = client.submit([Request(id="r", prompt_token_ids=[1, 2], n=CHOICES)])
-    return Job("id", 1, "m", "fp", generation, echo)
+    generation.weights = "0123456789ab"
+    return Job("id", 1, "m", generation, echo)
 
 
 @st.composite

@@ -161,6 +161,8 @@ class Model(Struct, frozen=True):
     root: str
     max_model_len: int | None
     """Context length in tokens; null until the engine is ready."""
+    parent: str | None = None
+    """The model that an adapter is of."""
     object: str = "model"
     owned_by: str = "minigpt"
 

@@ -22,7 +22,7 @@ def environment() -> dict[str, str]:
     machine = describe_machine()
     return {
         "minigpt": version("minigpt"),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "processor": machine.processor,
         "instruction_sets": " ".join(machine.instruction_sets),
     }

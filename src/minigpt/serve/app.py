@@ -6,9 +6,10 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
+from minigpt.api.admin import LoadAdapterBody, SwapBody, UnloadAdapterBody
 from minigpt.api.body import Body, parse_body
 from minigpt.api.embeddings import EmbeddingBody
 from minigpt.api.openai import (
@@ -19,11 +20,13 @@ from minigpt.api.openai import (
 )
 from minigpt.api.openai_responses import ModelList, encode
 from minigpt.core.errors import RequestError
+from minigpt.serve.admin import Admin
 from minigpt.serve.config import ServeConfig
 from minigpt.serve.http import (
     GenerationResponse,
     JsonResponse,
     RequestMiddleware,
+    check_loopback,
     error_response,
     read_body,
 )
@@ -35,7 +38,11 @@ from minigpt.serve.supervisor import Supervisor
 
 
 def create_app(
-    config: ServeConfig, service: Service, supervisor: Supervisor, metrics: ServeMetrics
+    config: ServeConfig,
+    service: Service,
+    supervisor: Supervisor,
+    metrics: ServeMetrics,
+    admin: Admin,
 ) -> FastAPI:
     """Build the ASGI application over a service that is already running."""
     app = FastAPI(title="minigpt", version=version("minigpt"), docs_url=None, redoc_url=None)
@@ -45,6 +52,7 @@ def create_app(
     _add_models(app, service)
     _add_tokens(app, config, service)
     _add_operation(app, service, supervisor, metrics)
+    _add_admin(app, config, admin)
     return app
 
 
@@ -102,14 +110,15 @@ def _add_generation(app: FastAPI, config: ServeConfig, service: Service) -> None
 def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> Response:
-        """List the served model."""
-        return JsonResponse(encode(ModelList([service.model()])))
+        """List the served model and its adapters."""
+        return JsonResponse(encode(ModelList(service.models())))
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        """Describe the served model."""
+        """Describe the served model or an adapter."""
         service.check_model(name)
-        return JsonResponse(encode(service.model()))
+        (found,) = (each for each in service.models() if each.id == name)
+        return JsonResponse(encode(found))
 
 
 def _add_tokens(app: FastAPI, config: ServeConfig, service: Service) -> None:
@@ -154,6 +163,32 @@ def _add_operation(
     async def server_version() -> Response:
         """Return minigpt's version."""
         return JsonResponse(encode({"version": version("minigpt")}))
+
+
+def _add_admin(app: FastAPI, config: ServeConfig, admin: Admin) -> None:
+    @app.post("/admin/swap", openapi_extra=_body_schema(SwapBody))
+    async def swap(request: Request) -> Response:
+        """Serve other weights; answers that run finish on the old ones."""
+        check_loopback(request)
+        body = parse_body(SwapBody, await read_body(request, config.max_body_bytes))
+        ready = await admin.swap(body.model)
+        return JsonResponse(encode({"model": body.model, "root": ready.model_id}))
+
+    @app.post("/v1/load_lora_adapter", openapi_extra=_body_schema(LoadAdapterBody))
+    async def load_adapter(request: Request) -> Response:
+        """Let requests name an adapter as their model."""
+        check_loopback(request)
+        body = parse_body(LoadAdapterBody, await read_body(request, config.max_body_bytes))
+        await admin.load_adapter(body.lora_name, body.lora_path)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is loaded.")
+
+    @app.post("/v1/unload_lora_adapter", openapi_extra=_body_schema(UnloadAdapterBody))
+    async def unload_adapter(request: Request) -> Response:
+        """Drop an adapter; answers that run with it finish."""
+        check_loopback(request)
+        body = parse_body(UnloadAdapterBody, await read_body(request, config.max_body_bytes))
+        await admin.unload_adapter(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' is dropped.")
 
 
 def _body_schema(cls: type[Body]) -> dict[str, Any]:

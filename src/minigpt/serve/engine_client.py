@@ -16,7 +16,7 @@ from minigpt.core.clock import Clock
 from minigpt.core.errors import RequestError
 from minigpt.serve.health import ProgressMonitor
 from minigpt.serve.metrics import SequenceTimes, ServeMetrics
-from minigpt.serve.wire import FromEngine, ToEngine
+from minigpt.serve.wire import Control, ControlDone, FromEngine, ToEngine
 
 Update = tuple[int, Delta]
 """A choice's number among all choices of a generation, and what it gained."""
@@ -39,6 +39,8 @@ class Generation:
         self._unfinished = self.num_choices
         self._pending: dict[int, Delta] = {}
         self._error: RequestError | None = None
+        self.weights = ""
+        """Digest of what computes it, known with the first update."""
         self._wake = asyncio.Event()
 
     @property
@@ -76,6 +78,7 @@ class Generation:
             self._client.abort(self)
             self.fail(RequestError(delta.error or "the engine dropped the request", status=500))
             return
+        self.weights = delta.weights or self.weights
         before = self._pending.get(choice)
         self._pending[choice] = delta if before is None else _merge(before, delta)
         self._unfinished -= delta.finish_reason is not None
@@ -114,6 +117,7 @@ class EngineClient:
         self._clock = clock
         self._send: Callable[[ToEngine], None] | None = None
         self._routes: dict[str, _Route] = {}
+        self._controls: dict[str, asyncio.Future[Ready]] = {}
         self.ready: Ready | None = None
         """What the engine said of itself; None while there is none."""
 
@@ -134,6 +138,10 @@ class EngineClient:
         self._send, self.ready = None, None
         self._metrics.engine_stopped()
         self.fail_all(error)
+        for waiting in self._controls.values():
+            if not waiting.done():
+                waiting.set_exception(error)
+        self._controls.clear()
 
     def fail_all(self, error: RequestError) -> None:
         """End everything in flight with `error`, in the engine too where there is one."""
@@ -160,6 +168,18 @@ class EngineClient:
             self._send(request)
         return generation
 
+    async def control(self, message: Control) -> Ready:
+        """Have the engine do something besides answering; returns what it says afterwards.
+
+        Raises:
+            RequestError: It refuses, with its own status; or status 503, no engine is ready.
+        """
+        if self._send is None:
+            raise RequestError("no engine is ready", status=503, code="engine_not_ready")
+        done = self._controls[message.id] = asyncio.get_running_loop().create_future()
+        self._send(message)
+        return await done
+
     def abort(self, generation: Generation) -> None:
         """Drop all that is unfinished of a generation."""
         for request in generation.requests:
@@ -175,6 +195,8 @@ class EngineClient:
             elif isinstance(message, EngineStats):
                 new_step = self._monitor.step_finished(message)
                 self._metrics.observe_stats(message, new_step=new_step)
+            elif isinstance(message, ControlDone):
+                self._end_control(message)
 
     def _deliver_delta(self, delta: Delta, now: float) -> None:
         route = self._routes.get(delta.request_id)
@@ -188,6 +210,19 @@ class EngineClient:
             if not route.unfinished:
                 self._forget(delta.request_id)
         route.generation.deliver(route.first_choice + delta.index, delta)
+
+    def _end_control(self, message: ControlDone) -> None:
+        if message.ready is not None:
+            self.ready = message.ready
+        waiting = self._controls.pop(message.id, None)
+        if waiting is None or waiting.done():  # whoever asked has gone
+            return
+        if message.ready is not None:
+            waiting.set_result(message.ready)
+        else:
+            waiting.set_exception(
+                RequestError(message.error, status=message.status, code=message.code)
+            )
 
     def _drop(self, request_id: str, route: _Route, reason: FinishReason) -> None:
         now = self._clock.monotonic()

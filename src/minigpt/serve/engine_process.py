@@ -22,6 +22,7 @@ from minigpt.core.config import from_mapping
 from minigpt.core.errors import MinigptError
 from minigpt.core.telemetry import configure_logging, get_logger
 from minigpt.engine.config import EngineConfig
+from minigpt.serve.engine_control import ControlledEngine, Controls, load_adapters
 from minigpt.serve.wire import (
     EngineSpec,
     FromEngine,
@@ -36,7 +37,7 @@ _IDLE_POLL_MS = 500
 _PR_SET_PDEATHSIG = 1
 
 
-class StepEngine(Protocol):
+class StepEngine(ControlledEngine, Protocol):
     """What the loop needs of an engine; `minigpt.engine.engine.Engine` is one."""
 
     @property
@@ -93,6 +94,7 @@ def _load_and_run(spec: EngineSpec, inbox: zmq.Socket[bytes], outbox: zmq.Socket
         outbox.send(encode_from_engine([failure]))
         return error.exit_code
     # What is loaded stays: spare the garbage collector from walking it during steps.
+    load_adapters(engine, spec.adapters)
     gc.collect()
     gc.freeze()
     outbox.send(encode_from_engine([engine.ready(), engine.stats()]))
@@ -112,6 +114,7 @@ def run_loop(
     Every message out ends with the engine's stats, so that the API process sees freed blocks
     and finished steps at once.
     """
+    controls = Controls(engine)
     while os.getppid() == parent_pid:
         changed = bool(inbox.poll(0 if engine.has_work else _IDLE_POLL_MS))
         output: list[FromEngine] = []
@@ -121,11 +124,14 @@ def run_loop(
                 return
             if isinstance(message, Abort):
                 engine.abort(message.id)
-            else:
+            elif isinstance(message, Request):
                 output += _add(engine, message)
+            else:
+                controls.begin(message)
         if engine.has_work:
             output += engine.step()
             changed = True
+        output += controls.finished()
         if changed:
             output.append(engine.stats())
             outbox.send(encode_from_engine(output))

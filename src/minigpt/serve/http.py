@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import re
 import time
 import uuid
@@ -39,6 +40,22 @@ def error_response(error: RequestError, retry_after_seconds: int = 1) -> Respons
     """Render an error; 503 tells when to come again."""
     headers = {"Retry-After": str(retry_after_seconds)} if error.status == 503 else None
     return JsonResponse(encode(error_body(error)), status_code=error.status, headers=headers)
+
+
+def check_loopback(request: Request) -> None:
+    """Let only this machine through.
+
+    Raises:
+        RequestError: Status 403, the client is elsewhere.
+    """
+    client = request.client
+    if client is None or not ipaddress.ip_address(client.host).is_loopback:
+        raise RequestError(
+            f"{request.url.path} is for clients on the server's own machine",
+            status=403,
+            code="not_local",
+            remedy="call it there, by 127.0.0.1",
+        )
 
 
 async def read_body(request: Request, limit: int) -> bytes:

@@ -194,12 +194,14 @@ class _ApiServer:
     @contextlib.asynccontextmanager
     async def _http(self, service: Service, supervisor: Supervisor) -> AsyncIterator[None]:
         """Answer HTTP while the block runs; at its end let running responses finish."""
+        from minigpt.serve.admin import Admin
         from minigpt.serve.app import create_app
 
         _forward_logs()
+        admin = Admin(self._client, supervisor, self._name)
         server = _Uvicorn(
             uvicorn.Config(
-                create_app(self._config, service, supervisor, self._metrics),
+                create_app(self._config, service, supervisor, self._metrics, admin),
                 http="httptools",
                 ws="none",
                 lifespan="off",

@@ -41,13 +41,16 @@ class Job:
     id: str
     created: int
     model: str
-    fingerprint: str
-    """Changes with the weights, as OpenAI's system_fingerprint."""
     generation: Generation
     echo: tuple[str, ...] = ()
     """Text to put before each choice, where the client asked for it."""
     prompt_logprobs: int | None = None
     """Alternatives to list in `prompt_logprobs`, where the client asked for that field."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the weights and the adapter; as OpenAI's system_fingerprint."""
+        return "fp_" + "_".join(part[:10] for part in self.generation.weights.split("+"))
 
 
 class Service:
@@ -74,23 +77,26 @@ class Service:
         self._chat_template = chat_template
         self._client = client
 
-    def model(self) -> Model:
-        """Describe the served model."""
+    def models(self) -> list[Model]:
+        """Describe the served model and its adapters; each one's root is its digest."""
         ready = self._client.ready
-        return Model(
-            id=self.model_name,
-            created=self.created,
-            root=ready.model_id if ready else "",
-            max_model_len=ready.context_length if ready else None,
-        )
+        limit = ready.context_length if ready else None
+        digest, adapters = (ready.model_id, ready.adapters) if ready else ("", {})
+        return [
+            Model(self.model_name, self.created, digest, limit),
+            *(
+                Model(name, self.created, its, limit, self.model_name)
+                for name, its in adapters.items()
+            ),
+        ]
 
     def check_model(self, name: str) -> None:
-        """Refuse any name but the served one.
+        """Refuse any name but the served one's and its adapters'.
 
         Raises:
             RequestError: Status 404.
         """
-        if name != self.model_name:
+        if name != self.model_name and self._adapter(name) is None:
             raise RequestError(
                 f"the model {name!r} does not exist here",
                 param="model",
@@ -136,7 +142,7 @@ class Service:
                 prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
                 for prompt in prompts
             )
-        job = self._submit("cmpl", ready, requests)
+        job = self._submit("cmpl", body.model, requests)
         return replace(job, echo=echo, prompt_logprobs=body.prompt_logprobs)
 
     async def chat(self, body: ChatCompletionBody) -> Job:
@@ -157,7 +163,7 @@ class Service:
         sampling = body.sampling(body.token_limit or _room(ready, prompt))
         requests = [Request(id="", prompt_token_ids=prompt, sampling=sampling, n=body.choices)]
         await self._check(ready, requests)
-        job = self._submit("chatcmpl", ready, requests)
+        job = self._submit("chatcmpl", body.model, requests)
         return replace(job, prompt_logprobs=body.prompt_logprobs)
 
     async def embed(self, body: EmbeddingBody) -> Job:
@@ -183,7 +189,7 @@ class Service:
             for prompt in await self._encode(body.input)
         ]
         await self._check(ready, requests)
-        return self._submit("embd", ready, requests)
+        return self._submit("embd", body.model, requests)
 
     async def tokenize(self, body: TokenizeBody) -> list[int]:
         """Return the tokens of a text.
@@ -245,17 +251,21 @@ class Service:
         if (structured := requests[0].sampling.structured) is not None:
             await asyncio.to_thread(check_structured, structured)
 
-    def _submit(self, prefix: str, ready: Ready, requests: list[Request]) -> Job:
+    def _adapter(self, model: str) -> str | None:
+        """Return the adapter that a request's model names; None for the model itself."""
+        ready = self._client.ready
+        return model if ready is not None and model in ready.adapters else None
+
+    def _submit(self, prefix: str, model: str, requests: list[Request]) -> Job:
         job_id = f"{prefix}-{uuid.uuid4().hex}"
         named = [
-            msgspec.structs.replace(request, id=f"{job_id}-{number}")
+            msgspec.structs.replace(request, id=f"{job_id}-{number}", adapter=self._adapter(model))
             for number, request in enumerate(requests)
         ]
         return Job(
             id=job_id,
             created=int(time.time()),
-            model=self.model_name,
-            fingerprint=f"fp_{ready.model_id[:10]}",
+            model=model,
             generation=self._client.submit(named),
         )
 

@@ -78,7 +78,9 @@ class EngineProcess:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def launch(cls, config: ServeConfig, model_path: str) -> AsyncIterator[EngineProcess]:
+    async def launch(
+        cls, config: ServeConfig, model_path: str, adapters: dict[str, str]
+    ) -> AsyncIterator[EngineProcess]:
         """Start a process that loads the model; when the block ends, so has the process.
 
         The sockets lie in a private directory, which is removed as soon as both are connected.
@@ -98,6 +100,7 @@ class EngineProcess:
             outputs_address=addresses[1],
             parent_pid=os.getpid(),
             log_level=config.log_level,
+            adapters=adapters,
         )
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -166,7 +169,10 @@ class Supervisor:
         metrics: ServeMetrics,
     ) -> None:
         self._config = config
-        self._model_path = model_path
+        self.model_path = model_path
+        """What the next engine process loads."""
+        self.adapters: dict[str, str] = {}
+        """Paths of the adapters that it loads too, by name."""
         self._client = client
         self._monitor = monitor
         self._metrics = metrics
@@ -212,7 +218,7 @@ class Supervisor:
 
     async def _run_one(self) -> None:
         """Run one engine process to its end."""
-        async with EngineProcess.launch(self._config, self._model_path) as engine:
+        async with EngineProcess.launch(self._config, self.model_path, self.adapters) as engine:
             try:
                 await self._start(engine)
                 reason = await self._watch(engine)

@@ -27,6 +27,39 @@ class StartFailure(msgspec.Struct, frozen=True, kw_only=True, tag="start_failure
     exit_code: int
 
 
+class SwapWeights(msgspec.Struct, frozen=True, kw_only=True, tag="swap"):
+    """Serve other weights; what runs finishes on the old ones."""
+
+    id: str
+    """By which the `ControlDone` is known; so in the next ones."""
+    path: str
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="load_adapter"):
+    """Let requests name an adapter."""
+
+    id: str
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag="unload_adapter"):
+    """Let requests name it no more."""
+
+    id: str
+    name: str
+
+
+class ControlDone(msgspec.Struct, frozen=True, kw_only=True, tag="control_done"):
+    """How it went: the engine as it is now, or why nothing has changed."""
+
+    id: str
+    ready: Ready | None = None
+    error: str = ""
+    status: int = 400
+    code: str | None = None
+
+
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that an engine process is told at its start."""
 
@@ -37,10 +70,13 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     outputs_address: str
     parent_pid: int
     log_level: str
+    adapters: dict[str, str] = {}
+    """Paths of adapters to load, by name."""
 
 
-ToEngine = Request | Abort | Stop
-FromEngine = Delta | EngineStats | Ready | StartFailure
+Control = SwapWeights | LoadAdapter | UnloadAdapter
+ToEngine = Request | Abort | Stop | Control
+FromEngine = Delta | EngineStats | Ready | StartFailure | ControlDone
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
