@@ -23,6 +23,7 @@ COMMANDS = {
     "compress": "Make a model smaller and report what that cost.",
     "models": "The registry: versions, aliases, promotion, import and export.",
     "serve": "Serve a model over an OpenAI-compatible API.",
+    "replay": "Answer a logged request again, exactly.",
     "chat": "Talk to a served model in the terminal.",
     "artifact": "Verify and show artifacts and where they came from.",
     "doctor": "What this machine has and what that means.",

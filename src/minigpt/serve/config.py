@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -39,6 +40,11 @@ class ServeConfig(Config):
     """Wait before the first restart of a dead engine; doubles with each failure in a row."""
     restart_backoff_max_seconds: float = Field(30.0, gt=0)
     """Longest wait before a restart."""
+    replay_log: Path | None = None
+    """Log answered requests to this file, for `minigpt replay`. It holds their prompts, as token
+    ids, and is readable by its owner alone; null logs none."""
+    replay_log_bytes: int = Field(64 << 20, ge=1 << 16)
+    """Most bytes of that log; when it is full, its older half goes."""
     log_format: Literal["json", "text"] = "json"
     """Log lines for machines or for people, on standard error."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -16,6 +16,7 @@ from minigpt.core.clock import Clock
 from minigpt.core.errors import RequestError
 from minigpt.serve.health import ProgressMonitor
 from minigpt.serve.metrics import SequenceTimes, ServeMetrics
+from minigpt.serve.replay_log import ReplayLog
 from minigpt.serve.wire import Control, ControlDone, FromEngine, ToEngine
 
 Update = tuple[int, Delta]
@@ -118,6 +119,8 @@ class EngineClient:
         self._send: Callable[[ToEngine], None] | None = None
         self._routes: dict[str, _Route] = {}
         self._controls: dict[str, asyncio.Future[Ready]] = {}
+        self.replay_log: ReplayLog | None = None
+        """Told of every request, delta and failure, where answers are logged."""
         self.ready: Ready | None = None
         """What the engine said of itself; None while there is none."""
 
@@ -155,8 +158,10 @@ class EngineClient:
         Raises:
             RequestError: Status 503, no engine process is ready.
         """
-        if self._send is None:
+        if self._send is None or self.ready is None:
             raise RequestError("no engine is ready", status=503, code="engine_not_ready")
+        if self.replay_log is not None:
+            requests = [self.replay_log.begin(request, self.ready) for request in requests]
         if not self._routes:
             self._monitor.work_began()
         generation = Generation(self, requests)
@@ -202,6 +207,8 @@ class EngineClient:
         route = self._routes.get(delta.request_id)
         if route is None:  # aborted while the step ran
             return
+        if self.replay_log is not None:
+            self.replay_log.observe(delta)
         times = route.times[delta.index]
         self._metrics.observe_delta(delta, times, now)
         if delta.finish_reason is not None:
@@ -228,6 +235,8 @@ class EngineClient:
         now = self._clock.monotonic()
         for index in route.unfinished:
             self._metrics.observe_finish(reason, route.times[index], now)
+        if self.replay_log is not None:
+            self.replay_log.drop(request_id)
         self._forget(request_id)
         if self._send is not None:
             self._send(Abort(id=request_id))

@@ -181,6 +181,8 @@ class _ApiServer:
             supervising.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await supervising
+            if self._client.replay_log is not None:
+                self._client.replay_log.close()
         self._log.info("stopped")
 
     def _build_service(self) -> Service:
@@ -189,6 +191,16 @@ class _ApiServer:
         from minigpt.serve.service import Service
 
         tokenizer = Tokenizer.load(self._path)
+        if (path := self._config.replay_log) is not None:
+            from minigpt.serve.replay_log import ReplayLog
+
+            self._client.replay_log = ReplayLog(
+                path,
+                self._config.replay_log_bytes,
+                model=self._name,
+                tokenizer=tokenizer.fingerprint,
+                seed=self._config.engine.seed,
+            )
         return Service(self._name, tokenizer, ChatTemplate(tokenizer), self._client)
 
     @contextlib.asynccontextmanager
