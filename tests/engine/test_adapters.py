@@ -61,14 +61,14 @@ def test_a_mixed_batch_answers_as_merged_models_do(
         assert engine.load_adapter(name, path).adapters[name]
     names: list[str | None] = [None, *adapters]
     for turn in range(3):  # the second and third find prefixes in the cache, each its own
-        for name in names:
-            engine.add(request(f"{name}-{turn}", PROMPT, adapter=name))
+        for each in names:
+            engine.add(request(f"{each}-{turn}", PROMPT, adapter=each))
         found.step()
     found.finish()
     assert engine.stats().prefix_cache_hits > 0
     for turn in range(3):
-        for name in names:
-            assert found.tokens[f"{name}-{turn}"] == merged[name], (name, turn)
+        for each in names:
+            assert found.tokens[f"{each}-{turn}"] == merged[each], (each, turn)
     digest = engine.ready().adapters["one"]
     assert found.weights["one-0"] == f"{engine.ready().model_id}+{digest}"
 

@@ -9,7 +9,9 @@ import weakref
 from pathlib import Path
 
 import pytest
-from tests.engine.swapping import Answers, config, fresh, other_model, request
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.engine.swapping import Answers, config, fresh, make_adapter, other_model, request
 
 from minigpt.api.requests import SamplingParams
 from minigpt.core.errors import MinigptError, ModelError
@@ -32,7 +34,9 @@ def test_answers_before_during_and_after_are_those_of_fresh_engines(
     assert all(old[name] != new[name] for name in PROMPTS)
     engine = Engine.load(tiny_model, config(max_num_seqs=16))
     first = engine.ready().model_id
-    runner = weakref.ref(engine._weights.runner)
+    embedding = weakref.ref(engine._weights.runner._model.model.embed_tokens.weight)
+    gc.collect()
+    gc.freeze()  # as the engine process does: from now on reference counts alone free it
     found = Answers(engine)
     for name, prompt in PROMPTS.items():
         engine.add(request(f"old-{name}", prompt))
@@ -56,8 +60,8 @@ def test_answers_before_during_and_after_are_those_of_fresh_engines(
         assert found.tokens[f"new-{name}"] == new[name], "prefix cache of the old weights was used"
         assert found.weights[f"old-{name}"] == found.weights[f"long-{name}"] == first
         assert found.weights[f"new-{name}"] == swap.result().model_id
-    gc.collect()
-    assert runner() is None, "the old weights are still in memory"
+    gc.unfreeze()
+    assert embedding() is None, "the old weights are still in memory"
     # And back, where the old weights' blocks may still be in the cache.
     back = engine.swap(tiny_model)
     found.until(back.done)
@@ -167,6 +171,83 @@ def test_weights_that_do_not_fit_beside_the_served_ones_are_refused_with_the_sho
     needed, free = int(words[words.index("takes") + 1]), int(words[words.index("are") - 1])
     assert needed == size
     assert f"short by {needed - free} bytes" in str(error)
+
+
+Operation = tuple[str, int]
+"""add, step, swap, load, unload or abort; and which model, adapter or request."""
+
+
+@pytest.fixture(scope="module")
+def world(
+    tiny_model: Path, other: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Path], list[Path], dict[tuple[int, int | None], list[int]]]:
+    """Two models, two adapters, and what each pair of them answers."""
+    root = tmp_path_factory.mktemp("world")
+    models = [tiny_model, other]
+    adapters = [make_adapter(tiny_model, root / str(seed), seed) for seed in range(2)]
+    expected: dict[tuple[int, int | None], list[int]] = {}
+    for number, model in enumerate(models):
+        engine = Engine.load(model, config())
+        for index, path in enumerate(adapters):
+            engine.load_adapter(str(index), path)
+        for name in (None, 0, 1):
+            found = Answers(engine)
+            adapter = None if name is None else str(name)
+            engine.add(request("r", PROMPTS["p0"], 12, adapter))
+            expected[number, name] = found.finish()["r"]
+    assert len({tuple(tokens) for tokens in expected.values()}) == 6
+    return models, adapters, expected
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["add", "add", "step", "step", "swap", "load", "unload", "abort"]),
+            st.integers(0, 3),
+        ),
+        max_size=24,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_is_swapped_loaded_and_dropped_each_answer_is_its_own(
+    world: tuple[list[Path], list[Path], dict[tuple[int, int | None], list[int]]],
+    operations: list[Operation],
+) -> None:
+    models, adapters, expected = world
+    engine = Engine.load(models[0], config(max_num_seqs=4, max_batched_tokens=24))
+    found = Answers(engine)
+    current, loaded = 0, dict[int, set[int]]({0: set(), 1: set()})
+    asked: dict[str, tuple[int, int | None]] = {}
+    for number, (kind, which) in enumerate(operations):
+        names = loaded[current]
+        if kind == "add":
+            name = which if which in names else None
+            asked[f"r{number}"] = current, name
+            adapter = None if name is None else str(name)
+            engine.add(request(f"r{number}", PROMPTS["p0"], 12, adapter))
+        elif kind == "step":
+            found.step()
+        elif kind == "swap" and current != which % 2:
+            found.until(engine.swap(models[which % 2]).done)
+            # The adapters of weights that nothing holds any more are gone with them.
+            current = which % 2
+            loaded[current] = {int(name) for name in engine.ready().adapters}
+        elif kind == "load" and which < 2 and which not in names:
+            engine.load_adapter(str(which), adapters[which])
+            names.add(which)
+        elif kind == "unload" and which in names:
+            engine.unload_adapter(str(which))
+            names.remove(which)
+        elif kind == "abort" and asked:
+            victim = list(asked)[which % len(asked)]
+            engine.abort(victim)
+            del asked[victim]
+    found.finish()
+    for name, pair in asked.items():
+        assert found.tokens[name] == expected[pair], (name, pair)
+    held = engine._weights._held
+    assert list(held) == [engine.ready().model_id]
+    assert held[engine.ready().model_id].resident == set(engine.ready().adapters.values())
 
 
 def test_llm_swaps(tiny_model: Path, other: Path) -> None:

@@ -42,7 +42,8 @@ def complete(server: ServerProcess, prompt: str, model: str = "tiny", tokens: in
 
 def stream(server: ServerProcess, prompt: str, began: threading.Semaphore) -> tuple[str, set[str]]:
     """Return a whole stream's text and fingerprints; it must end as it should."""
-    text, fingerprints, events = "", set(), 0
+    text, events = "", 0
+    fingerprints: set[str] = set()
     request = body(prompt, tokens=300) | {"stream": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=request, timeout=60) as answer:
         for line in answer.iter_lines():

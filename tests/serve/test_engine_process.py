@@ -11,12 +11,23 @@ from typing import Any
 
 import pytest
 import zmq
+from tests.engine.swapping import make_adapter
 
 from minigpt.api.requests import Abort, Delta, EngineStats, Request, SamplingParams
 from minigpt.engine.config import EngineConfig
 from minigpt.engine.engine import Engine
 from minigpt.serve.engine_process import run_loop
-from minigpt.serve.wire import FromEngine, Stop, ToEngine, decode_from_engine, encode_to_engine
+from minigpt.serve.wire import (
+    ControlDone,
+    FromEngine,
+    LoadAdapter,
+    Stop,
+    SwapWeights,
+    ToEngine,
+    UnloadAdapter,
+    decode_from_engine,
+    encode_to_engine,
+)
 
 
 @dataclass
@@ -108,7 +119,33 @@ def test_a_request_that_can_not_be_served_is_refused_and_the_loop_goes_on(loop: 
     bad = [delta for delta in deltas if delta.request_id == "bad"]
     assert [(d.index, d.finish_reason) for d in bad] == [(0, "error"), (1, "error")]
     assert "max_tokens = 10000" in bad[0].error
+    assert bad[0].error_status == 400
     assert [d.finish_reason for d in deltas if d.request_id == "good"][-1] == "length"
+
+
+def test_controls_are_carried_on_beside_requests(
+    loop: Loop, tiny_model: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", 0)
+    loop.send(request("a", max_tokens=30))
+    loop.send(SwapWeights(id="lost", path=str(tmp_path / "nowhere")))
+    loop.send(SwapWeights(id="second", path=str(tiny_model)))
+    loop.send(LoadAdapter(id="load", name="x", path=str(adapter)))
+    loop.send(UnloadAdapter(id="unload", name="x"))
+    loop.send(UnloadAdapter(id="unknown", name="x"))
+    done: dict[str, ControlDone] = {}
+    while len(done) < 5:
+        done |= {m.id: m for m in loop.receive() if isinstance(m, ControlDone)}
+    assert "no model at" in done["lost"].error and done["lost"].status == 400
+    assert "another swap is under way" in done["second"].error
+    loaded, dropped = done["load"].ready, done["unload"].ready
+    assert loaded is not None and list(loaded.adapters) == ["x"]
+    assert dropped is not None and dropped.adapters == {}
+    assert (done["unknown"].status, done["unknown"].code) == (404, "model_not_found")
+    loop.send(SwapWeights(id="same", path=str(tiny_model)))  # with nothing else to do
+    while not (ended := [m for m in loop.receive() if isinstance(m, ControlDone)]):
+        pass
+    assert ended[0].ready is not None and ended[0].ready.model_id == loaded.model_id
 
 
 def test_an_unknown_abort_is_no_error(loop: Loop) -> None:

@@ -124,6 +124,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
     adapter's where there is one."""
     error: str = ""
     """Why, where `finish_reason` is "error"."""
+    error_status: int = 500
+    """HTTP's status of it: 500 where it failed on its way, 4xx where it was refused."""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):

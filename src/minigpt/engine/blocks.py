@@ -120,6 +120,7 @@ class BlockManager:
         assert not free & self._idle.keys(), "a block is free and cached"
         assert not free & self._digests.keys(), "a free block has a digest"
         assert self._idle.keys() <= self._digests.keys(), "a cached block lacks its digest"
+        assert self.num_untouched <= len(free), "a block that was taken counts as untouched"
         assert len(free) + len(self._idle) + len(named) == self.num_blocks, "a block is lost"
         assert sum(self._references) == sum(named.values()), "references without a table"
         for block, references in named.items():

@@ -185,10 +185,7 @@ def check_model(directory: Path, host: Host) -> None:
             remedy=remedy,
         )
     tokenizer = Tokenizer.load(directory)
-    if (tokenizer.fingerprint, tokenizer.chat_template) != (
-        host.tokenizer.fingerprint,
-        host.tokenizer.chat_template,
-    ):
+    if _reading(tokenizer) != _reading(host.tokenizer):
         raise ModelError(
             f"{directory} has another tokenizer or chat template than the served model",
             remedy=remedy,
@@ -233,6 +230,12 @@ def _check_room(what: str, needed: int, host: Host) -> None:
             f"short by {needed - host.available} bytes",
             remedy="free memory, or lower engine.kv_cache_bytes",
         )
+
+
+def _reading(tokenizer: Tokenizer) -> tuple[object, ...]:
+    """Return all that decides which tokens a text or a conversation becomes."""
+    special = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return tokenizer.fingerprint, tokenizer.chat_template, *special
 
 
 def _ends(model: ModelConfig) -> list[int]:

@@ -77,7 +77,8 @@ class Generation:
         """Take in what the engine sent. Called by the client alone."""
         if delta.finish_reason in ("error", "abort"):
             self._client.abort(self)
-            self.fail(RequestError(delta.error or "the engine dropped the request", status=500))
+            reason = delta.error or "the engine dropped the request"
+            self.fail(RequestError(reason, status=delta.error_status))
             return
         self.weights = delta.weights or self.weights
         before = self._pending.get(choice)
@@ -181,7 +182,8 @@ class EngineClient:
         """
         if self._send is None:
             raise RequestError("no engine is ready", status=503, code="engine_not_ready")
-        done = self._controls[message.id] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._controls[message.id] = done
         self._send(message)
         return await done
 

@@ -19,7 +19,7 @@ import zmq
 
 from minigpt.api.requests import Abort, Delta, EngineStats, Request
 from minigpt.core.config import from_mapping
-from minigpt.core.errors import MinigptError
+from minigpt.core.errors import MinigptError, RequestError
 from minigpt.core.telemetry import configure_logging, get_logger
 from minigpt.engine.config import EngineConfig
 from minigpt.serve.engine_control import ControlledEngine, Controls, load_adapters
@@ -150,6 +150,7 @@ def _add(engine: StepEngine, request: Request) -> list[Delta]:
                 text="",
                 finish_reason="error",
                 error=str(error),
+                error_status=error.status if isinstance(error, RequestError) else 500,
             )
             for index in range(request.n)
         ]
