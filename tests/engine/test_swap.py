@@ -243,8 +243,8 @@ def test_whatever_is_swapped_loaded_and_dropped_each_answer_is_its_own(
             engine.abort(victim)
             del asked[victim]
     found.finish()
-    for name, pair in asked.items():
-        assert found.tokens[name] == expected[pair], (name, pair)
+    for answered, pair in asked.items():
+        assert found.tokens[answered] == expected[pair], (answered, pair)
     held = engine._weights._held
     assert list(held) == [engine.ready().model_id]
     assert held[engine.ready().model_id].resident == set(engine.ready().adapters.values())
