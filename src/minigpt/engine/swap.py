@@ -23,6 +23,7 @@ from minigpt.engine.config import EngineConfig
 from minigpt.engine.packing import pack_weights
 from minigpt.engine.preflight import read_model_config, weight_bytes
 from minigpt.engine.resolve import DTYPE_BYTES
+from minigpt.engine.runner import ModelRunner
 from minigpt.engine.weights import HeldWeights
 from minigpt.model.config import ModelConfig
 from minigpt.model.lora import CONFIG, WEIGHTS, Adapter, load_adapter
@@ -86,12 +87,13 @@ class Exchange:
         """
         if self._swap is not None:
             raise ModelError("another swap is under way", remedy="wait for it")
-        swap, host = _Swap(), self._host()
+        swap, host, runner = _Swap(), self._host(), self._weights.runner
         self._swap = swap
 
         def load() -> None:
             try:
-                swap.loaded.set_result(_load(path, host))
+                loaded = _load(path, host)
+                swap.loaded.set_result((loaded.id, runner.with_model(loaded.model)))
             except BaseException as error:
                 swap.loaded.set_exception(error)
 
@@ -114,8 +116,7 @@ class Exchange:
         if (error := swap.loaded.exception()) is not None:
             swap.done.set_exception(error)
             return False
-        loaded = swap.loaded.result()
-        self._weights.install(loaded.id, self._weights.runner.with_model(loaded.model))
+        self._weights.install(*swap.loaded.result())
         swap.done.set_result(self._ready())
         return True
 
@@ -141,7 +142,8 @@ class Exchange:
 class _Swap:
     """A swap under way."""
 
-    loaded: Future[LoadedModel] = field(default_factory=Future)
+    loaded: Future[tuple[str, ModelRunner]] = field(default_factory=Future)
+    """The digest of the new weights, and what runs them."""
     done: Future[Ready] = field(default_factory=Future)
 
 
