@@ -1,0 +1,18 @@
+// All kernels for one instruction set: compiled once for each, with MG_LEVEL its namespace.
+//
+// Only code of this namespace may be emitted here. A function that the linker merges between
+// translation units (an inline one of a standard header, say) could end up compiled for
+// instructions that the machine lacks, so no standard header with code in it is included.
+#include "simd.h"
+#include "table.h"
+
+#include "norm.inc"
+
+namespace mg::MG_LEVEL {
+
+extern const Table level_table;
+const Table level_table = {
+    rms_norm,
+};
+
+}  // namespace mg::MG_LEVEL
