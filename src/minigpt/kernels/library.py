@@ -29,6 +29,16 @@ _INTERFACE = 1
 # Arguments of each exported function; those listed here return nothing.
 _KERNELS: dict[str, list[Any]] = {
     "mg_use_level": [c_int32],
+    # dtype, layout (format, block_size, kv_heads, head_dim); qkv, cache, slots, query_norm,
+    # key_norm, cos, sin; rows, heads, epsilon
+    "mg_qkv": [*[c_int32] * 5, *[c_void_p] * 7, c_int64, c_int32, c_float],
+    # dtype, layout; query, query_stride, output, cache, chunks, num_chunks, tables, heads, window,
+    # scale
+    "mg_paged_attention": [
+        *[c_int32] * 5,
+        *[c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p],
+        *[c_int32, c_int32, c_float],
+    ],
     # dtype, input, residual, weight, output, rows, width, epsilon
     "mg_rms_norm": [c_int32, *[c_void_p] * 4, c_int64, c_int64, c_float],
 }

@@ -14,12 +14,12 @@ from torch import Tensor
 from minigpt.kernels import library, reference
 
 # Numbers of `DType` in csrc/types.h.
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _operators = torch.library.Library("minigpt", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _register(schema: str, kernel: Callable[..., object], fallback: Callable[..., object]) -> None:
+def register(schema: str, kernel: Callable[..., object], fallback: Callable[..., object]) -> None:
     """Make an operator that runs `kernel` on the CPU and `fallback` on other devices."""
     name = schema.partition("(")[0]
     _operators.define(schema)  # type: ignore[no-untyped-call]
@@ -35,10 +35,10 @@ def _takes(*tensors: Tensor | None) -> library.Kernels | None:
         tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype == present[0].dtype
         for tensor in present
     )
-    return kernels if fits and present[0].dtype in _DTYPES else None
+    return kernels if fits and present[0].dtype in DTYPES else None
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -49,9 +49,9 @@ def _rms_norm(inputs: Tensor, residual: Tensor | None, weight: Tensor, eps: floa
     width = inputs.shape[-1]
     output = torch.empty_like(inputs)
     kernels.functions.mg_rms_norm(
-        _DTYPES[inputs.dtype],
+        DTYPES[inputs.dtype],
         inputs.data_ptr(),
-        _address(residual),
+        address(residual),
         weight.data_ptr(),
         output.data_ptr(),
         inputs.numel() // width,
@@ -61,7 +61,7 @@ def _rms_norm(inputs: Tensor, residual: Tensor | None, weight: Tensor, eps: floa
     return output
 
 
-_register(
+register(
     "rms_norm(Tensor x, Tensor(a!)? residual, Tensor weight, float eps) -> Tensor",
     _rms_norm,
     reference.rms_norm,

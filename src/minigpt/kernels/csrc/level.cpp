@@ -4,15 +4,23 @@
 // translation units (an inline one of a standard header, say) could end up compiled for
 // instructions that the machine lacks, so no standard header with code in it is included.
 #include "simd.h"
+#include "simd_math.h"
 #include "table.h"
 
 #include "norm.inc"
+
+#include "kv_cache.inc"
+#include "attention.inc"
+#include "qkv.inc"
 
 namespace mg::MG_LEVEL {
 
 extern const Table level_table;
 const Table level_table = {
     rms_norm,
+    qkv,
+    attend,
+    merge,
 };
 
 }  // namespace mg::MG_LEVEL

@@ -6,6 +6,7 @@
 // includes, its exported function in api_*.cpp.
 #pragma once
 
+#include "args_attention.h"
 #include "args_small.h"
 
 namespace mg {
@@ -15,6 +16,8 @@ using Part = void (*)(const Args& args, int thread, int threads);
 
 struct Table {
   Part<RmsNormArgs> rms_norm;
+  Part<QkvArgs> qkv;
+  Part<AttentionArgs> attend, merge;
 };
 
 // Null where the library was built without the level.
