@@ -39,6 +39,16 @@ _KERNELS: dict[str, list[Any]] = {
         *[c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p],
         *[c_int32, c_int32, c_float],
     ],
+    # dtype, input, residual, weight, bias, output, rows, width, epsilon
+    "mg_layer_norm": [c_int32, *[c_void_p] * 5, c_int64, c_int64, c_float],
+    # dtype, input, output, rows, width, gated
+    "mg_activation": [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int32],
+    # dtype, tokens, table, scales, output, rows, width
+    "mg_embed": [c_int32, *[c_void_p] * 4, c_int64, c_int64],
+    # logits, best, log_sum, rows, width
+    "mg_largest": [*[c_void_p] * 3, c_int64, c_int64],
+    # logits, values, places, rows, width, count
+    "mg_top": [*[c_void_p] * 3, *[c_int64] * 3],
     # dtype, input, residual, weight, output, rows, width, epsilon
     "mg_rms_norm": [c_int32, *[c_void_p] * 4, c_int64, c_int64, c_float],
 }

@@ -12,6 +12,8 @@
 #include "kv_cache.inc"
 #include "attention.inc"
 #include "qkv.inc"
+#include "activation.inc"
+#include "vocabulary.inc"
 
 namespace mg::MG_LEVEL {
 
@@ -21,6 +23,11 @@ const Table level_table = {
     qkv,
     attend,
     merge,
+    layer_norm,
+    activation,
+    embed,
+    find_largest_rows,
+    find_top_rows,
 };
 
 }  // namespace mg::MG_LEVEL

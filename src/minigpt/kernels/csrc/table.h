@@ -18,6 +18,11 @@ struct Table {
   Part<RmsNormArgs> rms_norm;
   Part<QkvArgs> qkv;
   Part<AttentionArgs> attend, merge;
+  Part<LayerNormArgs> layer_norm;
+  Part<ActivationArgs> activation;
+  Part<EmbedArgs> embed;
+  Part<LargestArgs> largest;
+  Part<TopArgs> top;
 };
 
 // Null where the library was built without the level.
