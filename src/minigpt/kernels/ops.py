@@ -14,7 +14,7 @@ from torch import Tensor
 from minigpt.kernels import library, reference
 
 # Numbers of `DType` in csrc/types.h.
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _operators = torch.library.Library("minigpt", "DEF")  # type: ignore[no-untyped-call]
 
@@ -35,10 +35,11 @@ def _takes(*tensors: Tensor | None) -> library.Kernels | None:
         tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype == present[0].dtype
         for tensor in present
     )
-    return kernels if fits and present[0].dtype in _DTYPES else None
+    return kernels if fits and present[0].dtype in DTYPES else None
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
+    """Return where a tensor's data lies, None for no tensor."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -49,9 +50,9 @@ def _rms_norm(inputs: Tensor, residual: Tensor | None, weight: Tensor, eps: floa
     width = inputs.shape[-1]
     output = torch.empty_like(inputs)
     kernels.functions.mg_rms_norm(
-        _DTYPES[inputs.dtype],
+        DTYPES[inputs.dtype],
         inputs.data_ptr(),
-        _address(residual),
+        address(residual),
         weight.data_ptr(),
         output.data_ptr(),
         inputs.numel() // width,

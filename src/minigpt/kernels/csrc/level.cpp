@@ -3,16 +3,25 @@
 // Only code of this namespace may be emitted here. A function that the linker merges between
 // translation units (an inline one of a standard header, say) could end up compiled for
 // instructions that the machine lacks, so no standard header with code in it is included.
+#include "linear_simd.h"
 #include "simd.h"
 #include "table.h"
 
+#include "linear_prepare.inc"
+#include "linear.inc"
 #include "norm.inc"
+#include "roofline.inc"
 
 namespace mg::MG_LEVEL {
 
 extern const Table level_table;
 const Table level_table = {
     rms_norm,
+    linear_prepare,
+    linear_multiply,
+    pack_units,
+    read_memory,
+    peak,
 };
 
 }  // namespace mg::MG_LEVEL

@@ -6,6 +6,8 @@
 // includes, its exported function in api_*.cpp.
 #pragma once
 
+#include "args_linear.h"
+#include "args_roofline.h"
 #include "args_small.h"
 
 namespace mg {
@@ -15,6 +17,11 @@ using Part = void (*)(const Args& args, int thread, int threads);
 
 struct Table {
   Part<RmsNormArgs> rms_norm;
+  Part<LinearArgs> linear_prepare;
+  Part<LinearArgs> linear_multiply;  // after a barrier: any thread reads what all prepared
+  Part<PackArgs> pack_units;
+  Part<ReadArgs> read_memory;
+  Part<PeakArgs> peak;
 };
 
 // Null where the library was built without the level.
