@@ -49,6 +49,11 @@ _KERNELS: dict[str, list[Any]] = {
     "mg_largest": [*[c_void_p] * 3, c_int64, c_int64],
     # logits, values, places, rows, width, count
     "mg_top": [*[c_void_p] * 3, *[c_int64] * 3],
+    # weight, packed, columns, units
+    "mg_pack": [c_void_p, c_void_p, c_int64, c_int64],
+    "mg_advise_huge": [c_void_p, c_int64],
+    # begin, bytes
+    "mg_read": [c_void_p, c_int64],
     # dtype, input, residual, weight, output, rows, width, epsilon
     "mg_rms_norm": [c_int32, *[c_void_p] * 4, c_int64, c_int64, c_float],
 }
@@ -59,6 +64,10 @@ _QUERIES: dict[str, tuple[list[Any], Any]] = {
     "mg_level_runs": ([c_int32], c_int32),
     "mg_level_in_use": ([], c_int32),
     "mg_threads": ([], c_int32),
+    # arithmetic, steps
+    "mg_peak": ([c_int32, c_int64], c_int64),
+    # weight, input dtype, output dtype, input, output, rows, digits
+    "mg_linear": ([c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_int64, c_int32], c_int32),
 }
 
 

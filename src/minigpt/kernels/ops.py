@@ -39,6 +39,7 @@ def _takes(*tensors: Tensor | None) -> library.Kernels | None:
 
 
 def address(tensor: Tensor | None) -> int | None:
+    """Return where a tensor's data lies, None for no tensor."""
     return None if tensor is None else tensor.data_ptr()
 
 

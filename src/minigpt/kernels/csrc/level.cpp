@@ -3,11 +3,15 @@
 // Only code of this namespace may be emitted here. A function that the linker merges between
 // translation units (an inline one of a standard header, say) could end up compiled for
 // instructions that the machine lacks, so no standard header with code in it is included.
+#include "linear_simd.h"
 #include "simd.h"
 #include "simd_math.h"
 #include "table.h"
 
+#include "linear_prepare.inc"
+#include "linear.inc"
 #include "norm.inc"
+#include "roofline.inc"
 
 #include "kv_cache.inc"
 #include "attention.inc"
@@ -28,6 +32,11 @@ const Table level_table = {
     embed,
     find_largest_rows,
     find_top_rows,
+    linear_prepare,
+    linear_multiply,
+    pack_units,
+    read_memory,
+    peak,
 };
 
 }  // namespace mg::MG_LEVEL

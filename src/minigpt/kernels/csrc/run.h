@@ -20,4 +20,20 @@ void run(Part<Args> part, const Args& args, int64_t bytes) {
   part(args, omp_get_thread_num(), omp_get_num_threads());
 }
 
+// Two bodies, the second after all threads have done the first.
+template <class Args>
+void run(Part<Args> first, Part<Args> second, const Args& args, int64_t bytes) {
+  int threads = bytes < kWorthForking ? 1 : omp_get_max_threads();
+  if (threads == 1) {
+    first(args, 0, 1);
+    return second(args, 0, 1);
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    first(args, omp_get_thread_num(), omp_get_num_threads());
+#pragma omp barrier
+    second(args, omp_get_thread_num(), omp_get_num_threads());
+  }
+}
+
 }  // namespace mg

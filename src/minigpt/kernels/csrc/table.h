@@ -7,6 +7,8 @@
 #pragma once
 
 #include "args_attention.h"
+#include "args_linear.h"
+#include "args_roofline.h"
 #include "args_small.h"
 
 namespace mg {
@@ -23,6 +25,11 @@ struct Table {
   Part<EmbedArgs> embed;
   Part<LargestArgs> largest;
   Part<TopArgs> top;
+  Part<LinearArgs> linear_prepare;
+  Part<LinearArgs> linear_multiply;  // after a barrier: any thread reads what all prepared
+  Part<PackArgs> pack_units;
+  Part<ReadArgs> read_memory;
+  Part<PeakArgs> peak;
 };
 
 // Null where the library was built without the level.
