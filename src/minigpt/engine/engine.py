@@ -14,15 +14,14 @@ from minigpt.core.errors import RequestError
 from minigpt.core.machine import describe_machine
 from minigpt.engine.blocks import BlockManager
 from minigpt.engine.config import EngineConfig
+from minigpt.engine.native import make_runner, not_covered
 from minigpt.engine.output import OutputProcessor, Vocabulary
-from minigpt.engine.packing import pack_weights
 from minigpt.engine.resolve import (
     check_weights_fit,
     kv_bytes_per_token,
     resolve_memory,
     resolve_numerics,
 )
-from minigpt.engine.runner import ModelRunner
 from minigpt.engine.sampler import sample
 from minigpt.engine.scheduler import Chunk, Scheduler
 from minigpt.engine.sequence import Sequence
@@ -40,7 +39,8 @@ class Engine:
             for delta in engine.step(): ...
 
     Args:
-        model: In eval mode, on its device, in the config's dtype (int8 weights stay int8).
+        model: In eval mode, on its device, in the config's dtype (int8 weights stay int8). The
+            engine takes its weights: it is not to be used beside it.
         vocabulary: Turns tokens into bytes.
         config: With every "auto" settled; see `resolve`.
         model_id: Hash of what is served.
@@ -67,7 +67,7 @@ class Engine:
         per_block = kv_bytes_per_token(config, model.config) * config.block_size
         blocks = BlockManager(config.kv_cache_bytes // per_block, config.block_size)
         self._scheduler = Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens)
-        self._runner = ModelRunner(
+        self._runner = make_runner(
             model,
             num_blocks=blocks.num_blocks,
             block_size=config.block_size,
@@ -126,13 +126,14 @@ class Engine:
         loaded = load_model(path, dtype=config.dtype, device=config.device)
         tokenizer = Tokenizer.load(loaded.path)
         check_vocab(loaded.config, tokenizer.vocab_size)
-        pack_weights(loaded.model)
         available = (
             torch.cuda.mem_get_info()[0]
             if config.device == "cuda"
             else describe_machine().memory_available
         )
         config = resolve_memory(config, loaded.config, available=available, report=log.info)
+        reason = not_covered(loaded.model, getattr(torch, config.dtype), config.block_size)
+        log.info("runner = kernels" if reason is None else f"runner = torch: {reason}")
         engine = cls(loaded.model, tokenizer, config, model_id=loaded.id, clock=clock)
         engine._load_seconds = clock.monotonic() - started
         return engine

@@ -43,8 +43,6 @@ _KERNELS: dict[str, list[Any]] = {
     "mg_layer_norm": [c_int32, *[c_void_p] * 5, c_int64, c_int64, c_float],
     # dtype, input, output, rows, width, gated
     "mg_activation": [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int32],
-    # dtype, tokens, table, scales, output, rows, width
-    "mg_embed": [c_int32, *[c_void_p] * 4, c_int64, c_int64],
     # logits, best, log_sum, rows, width
     "mg_largest": [*[c_void_p] * 3, c_int64, c_int64],
     # logits, values, places, rows, width, count
@@ -66,6 +64,8 @@ _QUERIES: dict[str, tuple[list[Any], Any]] = {
     "mg_threads": ([], c_int32),
     # arithmetic, steps
     "mg_peak": ([c_int32, c_int64], c_int64),
+    # plan, batch
+    "mg_step": ([c_void_p, c_void_p], c_int32),
     # weight, input dtype, output dtype, input, output, rows, digits
     "mg_linear": ([c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_int64, c_int32], c_int32),
 }

@@ -23,12 +23,6 @@ MG_API void mg_activation(int32_t dtype, const void* input, void* output, int64_
   run(table().activation, args, rows * width * 8);
 }
 
-MG_API void mg_embed(int32_t dtype, const int32_t* tokens, const void* embeddings,
-                     const float* scales, void* output, int64_t rows, int64_t width) {
-  EmbedArgs args{static_cast<DType>(dtype), tokens, embeddings, scales, output, rows, width};
-  run(table().embed, args, rows * width * 4);
-}
-
 MG_API void mg_largest(const float* logits, int64_t* best, float* log_sum, int64_t rows,
                        int64_t width) {
   run(table().largest, LargestArgs{logits, best, log_sum, rows, width}, rows * width * 4);

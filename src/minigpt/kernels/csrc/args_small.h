@@ -38,13 +38,15 @@ struct ActivationArgs {
   int32_t gated;
 };
 
-// Rows of a table of token vectors; int8 ones times their scale.
+// Rows of a table of token vectors; int8 ones times their scale. Learned positions are added.
 struct EmbedArgs {
-  DType dtype;           // of output, and of the table unless it has scales
-  const int32_t* tokens; // (rows)
-  const void* table;     // (vocabulary, width)
-  const float* scales;   // (vocabulary) of an int8 table, or null
-  void* output;          // (rows, width)
+  DType dtype;                 // of output, position_table, and of the table unless it has scales
+  const int32_t* tokens;       // (rows)
+  const int32_t* positions;    // (rows)
+  const void* table;           // (vocabulary, width)
+  const float* scales;         // (vocabulary) of an int8 table, or null
+  const void* position_table;  // (context, width) or null
+  void* output;                // (rows, width)
   int64_t rows, width;
 };
 

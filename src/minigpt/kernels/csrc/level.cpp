@@ -8,16 +8,15 @@
 #include "simd_math.h"
 #include "table.h"
 
-#include "linear_prepare.inc"
-#include "linear.inc"
 #include "norm.inc"
-#include "roofline.inc"
-
+#include "activation.inc"
+#include "vocabulary.inc"
 #include "kv_cache.inc"
 #include "attention.inc"
 #include "qkv.inc"
-#include "activation.inc"
-#include "vocabulary.inc"
+#include "linear_prepare.inc"
+#include "linear.inc"
+#include "roofline.inc"
 
 namespace mg::MG_LEVEL {
 
