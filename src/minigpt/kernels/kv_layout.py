@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minigpt.kernels import library
+
 CacheFormat = Literal["float32", "bfloat16", "int8"]
 
 GROUP = 16
@@ -86,7 +88,11 @@ class KVLayout:
         Zero matters: what a row does not see enters with weight 0, which a NaN would survive.
         """
         shape = (num_blocks, self.block_size * self.token_bytes)
-        return torch.from_numpy(np.zeros(math.prod(shape), dtype=np.uint8)).view(shape)
+        cache = torch.from_numpy(np.zeros(math.prod(shape), dtype=np.uint8)).view(shape)
+        kernels = library.loaded()
+        if kernels is not None:
+            kernels.functions.mg_advise_huge(cache.data_ptr(), cache.nbytes)
+        return cache
 
     def write(self, cache: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store (N, heads, head_dim) keys and values at (N,) slots, block * block_size + place."""

@@ -5,6 +5,11 @@
 
 namespace mg::MG_LEVEL {
 
+// Neighbours in memory taken apart: as many pairs as a Vec has lanes.
+struct Pairs {
+  Vec even, odd;
+};
+
 // `round` to the nearest whole number; `times_power_of_two(x, n)` for whole n that leaves x
 // normal; `unless_below(x, at, low)`: x, or 0 where at < low.
 #if MG_AVX512 || MG_AMX
@@ -18,33 +23,13 @@ inline Vec load(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
 
-// Pairs of bf16, as many as a Vec has lanes.
-struct Pairs {
-  __m512i v;
-};
-inline Pairs load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
-inline Pairs splat_pair(const bf16* p) {
-  int32_t bits;
-  std::memcpy(&bits, p, 4);
-  return {_mm512_set1_epi32(bits)};
-}
-inline Vec dot(Pairs a, Pairs b, Vec c) {
-  return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
-}
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
-
-#else
-
-struct Pairs {
-  Vec even, odd;
-};
-inline Vec dot(Pairs a, Pairs b, Vec c) { return fma(a.even, b.even, fma(a.odd, b.odd, c)); }
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
-inline Pairs splat_pair(const bf16* p) {
-  return {splat(to_float(p[0])), splat(to_float(p[1]))};
+inline Pairs load_pairs(const bf16* p) {
+  __m512i bits = _mm512_loadu_si512(p), high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))},
+          {_mm512_castsi512_ps(_mm512_and_si512(bits, high))}};
 }
 
-#if MG_AVX2
+#elif MG_AVX2
 
 inline Vec round(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -123,7 +108,6 @@ inline Pairs load_pairs(const bf16* p) {
   return made;
 }
 
-#endif
 #endif
 
 // e^x to within 2 units in the last place. Exactly 1 at 0; exactly 0 below -86.5, where the
