@@ -42,7 +42,7 @@ bench: .venv/dev
 	$(BIN)/python -m bench
 
 clean:
-	rm -rf .venv build src/minigpt/kernels/*.so runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build src/minigpt/kernels/lib runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # The stamps make a second run reuse the environment until the lock or the project changes.
 # torch goes first, with what it needs; everything else without dependency resolution, so that

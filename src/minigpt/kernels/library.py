@@ -22,7 +22,7 @@ OFF = "off"
 # Every level of any build; which of them this build has is asked of the library.
 LEVELS = ("scalar", "avx2", "avx512", "amx", "neon")
 
-_PATH = Path(__file__).with_name("libminigpt_kernels.so")
+_PATH = Path(__file__).parent / "lib" / "libminigpt_kernels.so"
 # `mg_interface` in csrc/dispatch.cpp: a library built from other sources is not used.
 _INTERFACE = 1
 

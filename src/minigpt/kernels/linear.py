@@ -211,24 +211,27 @@ def linear(
         dtype: Of the result, float32 or bfloat16; None: the inputs'.
     """
     assert activation_bits in (8, 16), activation_bits
-    flat = inputs.reshape(-1, weight.in_features).contiguous()
+    assert inputs.shape[-1] == weight.in_features, inputs.shape
     shape = (*inputs.shape[:-1], weight.out_features)
     kernels = library.loaded()
     if kernels is None or inputs.dtype not in DTYPES:
+        flat = inputs.reshape(-1, weight.in_features)
         product = reference_linear(flat, weight, activation_bits)
         return product.to(dtype or inputs.dtype).view(shape)
-    output = torch.empty(shape, dtype=dtype or inputs.dtype)
+    inputs = inputs.contiguous()
+    output = inputs.new_empty(shape, dtype=dtype)
+    rows = inputs.numel() // weight.in_features
     failed = kernels.functions.mg_linear(
         weight.address,
         DTYPES[inputs.dtype],
         DTYPES[output.dtype],
-        flat.data_ptr(),
+        inputs.data_ptr(),
         output.data_ptr(),
-        flat.shape[0],
+        rows,
         1 if weight.kind is WeightKind.BFLOAT16 else activation_bits // 8,
     )
     if failed:
-        raise MemoryError(f"no memory for {flat.shape[0]} rows of inputs")
+        raise MemoryError(f"no memory for {rows} rows of inputs")
     return output
 
 

@@ -10,25 +10,28 @@ namespace mg::MG_LEVEL {
 // kTileVectors vectors of columns, up to kTallRows beside half as many: so many sums fit the
 // registers.
 #if MG_AVX512 || MG_AMX
-constexpr int kTileVectors = 4, kWideRows = 6, kTallRows = 12;
+constexpr int kRegisters = 32, kTileVectors = 4, kWideRows = 6, kTallRows = 12;
 #define MG_TILE_ROWS 1, 2, 3, 4, 6, 8, 12
 #define MG_TILE_ROWS_OF_TWO_DIGITS 1, 2, 3, 4, 6
 #elif MG_AVX2
-constexpr int kTileVectors = 2, kWideRows = 4, kTallRows = 4;
+constexpr int kRegisters = 16, kTileVectors = 2, kWideRows = 4, kTallRows = 4;
 #define MG_TILE_ROWS 1, 2, 3, 4
 #define MG_TILE_ROWS_OF_TWO_DIGITS 1, 2
 #elif MG_NEON
-constexpr int kTileVectors = 4, kWideRows = 4, kTallRows = 4;
+constexpr int kRegisters = 32, kTileVectors = 4, kWideRows = 4, kTallRows = 4;
 #define MG_TILE_ROWS 1, 2, 3, 4
 #define MG_TILE_ROWS_OF_TWO_DIGITS 1, 2
 #else
-constexpr int kTileVectors = 2, kWideRows = 2, kTallRows = 2;
+constexpr int kRegisters = 16, kTileVectors = 2, kWideRows = 2, kTallRows = 2;
 #define MG_TILE_ROWS 1, 2
 #define MG_TILE_ROWS_OF_TWO_DIGITS 1
 #endif
 
-// How far ahead of its use a single row's weights are fetched, in bytes.
-constexpr int kFetchDistance = 4096;
+// How far ahead of their use weights are fetched, in bytes: from memory to the second cache, and
+// from there to the first. Measured: 90 % of the read bandwidth at one row with the first alone,
+// 95 % with both; 80 and 87 % at four rows.
+constexpr int kFetchDistance = 8192;
+constexpr int kFetchNear = 1024;
 constexpr int kFetchLocality = 2;
 
 #if MG_AVX512 || MG_AMX
@@ -53,7 +56,10 @@ inline Bytes low_halves(Bytes b) { return _mm512_and_si512(b, _mm512_set1_epi8(1
 inline Bytes high_halves(Bytes b) { return low_halves(_mm512_srli_epi16(b, 4)); }
 // Add to each lane the product of its four unsigned weights and the four signed inputs at p.
 inline Ints dot(Ints sum, Bytes weights, const uint32_t* p) {
-  return {_mm512_dpbusd_epi32(sum.v, weights, _mm512_set1_epi32(static_cast<int>(*p)))};
+  __m512i inputs = _mm512_set1_epi32(static_cast<int>(*p));
+  // As _mm512_dpbusd_epi32, for which GCC 12 copies the sum around and runs out of registers.
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(weights), "v"(inputs));
+  return sum;
 }
 inline Ints dot_nibbles(Ints sum, Bytes weights, const uint32_t* p) { return dot(sum, weights, p); }
 inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
