@@ -20,6 +20,8 @@ def main() -> None:
         ["bench.footprint", "--repeat", "3", "--steps", "15"],
         ["bench.train_throughput", "--rounds", "3", "--steps", "4", *nanogpt],
         ["bench.train_quality", "--minutes", "1", *nanogpt],
+        ["bench.kernels", "--seconds", "0.2", "--rows", "1", "16", "--shapes", "4096x1024"],
+        ["bench.kernels_attention", "--repeats", "10"],
         ["bench.engine_throughput"],
         ["bench.loader", "--rounds", "7"],
         ["bench.checkpoint", "--shapes", "13.8M", "--rounds", "2"],

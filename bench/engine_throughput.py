@@ -27,7 +27,6 @@ from minigpt.api.requests import Request, SamplingParams
 from minigpt.core.machine import describe_machine
 from minigpt.engine.config import EngineConfig
 from minigpt.engine.engine import Engine
-from minigpt.engine.packing import pack_weights
 from minigpt.engine.resolve import resolve_memory, resolve_numerics
 from minigpt.model.config import ModelConfig
 from minigpt.model.decoder import Decoder
@@ -123,7 +122,6 @@ def make_engine(arguments: argparse.Namespace, **changes: Any) -> Engine:
     model = Decoder(model_config)
     model.init_weights(torch.Generator().manual_seed(0))
     model.to(device=config.device, dtype=getattr(torch, config.dtype)).eval()
-    pack_weights(model)
     return Engine(model, Letters(), config)
 
 

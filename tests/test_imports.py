@@ -32,7 +32,7 @@ OPTIONAL = (
 )
 
 
-@pytest.mark.parametrize("package", ["train", "model", "data", "engine"])
+@pytest.mark.parametrize("package", ["train", "model", "data", "engine", "kernels"])
 def test_the_core_of_the_work_needs_few_libraries(package: str) -> None:
     """Torch, numpy, safetensors, tokenizers and pydantic; fsspec comes with torch.
 

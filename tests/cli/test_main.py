@@ -99,7 +99,7 @@ def test_doctor_reports_the_machine() -> None:
     report = json.loads(result.stdout)
     assert result.returncode == (0 if report["ok"] else 1)
     names = {finding["name"] for finding in report["findings"]}
-    assert {"cores", "instructions", "memory", "gpu", "compiler", "disk"} <= names
+    assert {"cores", "instructions", "memory", "gpu", "compiler", "kernels", "disk"} <= names
     assert "torch" in report["libraries"]
     assert minigpt("doctor").stdout.count("\n") > 10
 

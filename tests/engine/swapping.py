@@ -78,9 +78,11 @@ class Answers:
         return self.tokens
 
 
-def fresh(path: Path, prompts: dict[str, str], tokens: int = 24) -> dict[str, list[int]]:
+def fresh(
+    path: Path, prompts: dict[str, str], tokens: int = 24, **changes: object
+) -> dict[str, list[int]]:
     """What an engine of these weights alone answers, one request at a time."""
-    engine = Engine.load(path, config())
+    engine = Engine.load(path, config(**changes))
     found = Answers(engine)
     for name, prompt in prompts.items():
         engine.add(request(name, prompt, tokens))

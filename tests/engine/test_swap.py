@@ -7,6 +7,7 @@ import json
 import struct
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,8 @@ from minigpt.api.requests import SamplingParams
 from minigpt.core.errors import MinigptError, ModelError
 from minigpt.engine.engine import Engine
 from minigpt.engine.llm import LLM
+from minigpt.engine.runner import ModelRunner
+from minigpt.kernels import library
 from minigpt.model.weights import load_model
 
 PROMPTS = {f"p{number}": f"The old river {number} followed" for number in range(4)}
@@ -34,7 +37,10 @@ def test_answers_before_during_and_after_are_those_of_fresh_engines(
     assert all(old[name] != new[name] for name in PROMPTS)
     engine = Engine.load(tiny_model, config(max_num_seqs=16))
     first = engine.ready().model_id
-    embedding = weakref.ref(engine._weights.runner._model.model.embed_tokens.weight)
+    runner = engine._weights.runner
+    assert isinstance(runner, ModelRunner)
+    embedding = weakref.ref(runner._model.model.embed_tokens.weight)
+    del runner
     gc.collect()
     gc.freeze()  # as the engine process does: from now on reference counts alone free it
     found = Answers(engine)
@@ -68,6 +74,33 @@ def test_answers_before_during_and_after_are_those_of_fresh_engines(
     engine.add(request("back", PROMPTS["p0"]))
     assert found.finish()["back"] == old["p0"]
     assert engine.ready().model_id == first
+
+
+@pytest.mark.skipif(library.loaded() is None, reason="no kernels here")
+def test_the_kernels_swap_too(tiny_model: Path, other: Path, tmp_path: Path) -> None:
+    """The bits of the kernels' answers don't depend on the batch, so that they can be compared."""
+    settings: dict[str, Any] = {"dtype": "bfloat16", "block_size": 16}
+    old, new = (fresh(path, PROMPTS, **settings) for path in (tiny_model, other))
+    engine = Engine.load(tiny_model, config(**settings))
+    assert engine._weights.runner.adapters is None, "torch serves: nothing is shown of the kernels"
+    packed = weakref.ref(engine._weights.runner)
+    found = Answers(engine)
+    for name, prompt in PROMPTS.items():
+        engine.add(request(f"old-{name}", prompt))
+    found.step()
+    found.until(engine.swap(other).done)
+    for name, prompt in PROMPTS.items():
+        engine.add(request(f"new-{name}", prompt))
+    found.finish()
+    for name in PROMPTS:
+        assert found.tokens[f"old-{name}"] == old[name]
+        assert found.tokens[f"new-{name}"] == new[name]
+    assert packed() is None, "the old weights are still in memory"
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", 0)
+    with pytest.raises(ModelError, match=r"start with engine\.adapters=true"):
+        engine.load_adapter("a", adapter)
+    engine = Engine.load(tiny_model, config(**settings, adapters=True))
+    assert list(engine.load_adapter("a", adapter).adapters) == ["a"]
 
 
 def test_a_preempted_sequence_is_computed_anew_on_its_own_weights(

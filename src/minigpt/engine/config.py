@@ -47,6 +47,9 @@ class EngineConfig(Config):
     priority_step_tokens: PositiveInt = 100_000
     """A priority goes before the next one unless that has waited while the engine computed this
     many tokens more: so no priority starves another."""
+    adapters: bool = False
+    """Take LoRA adapters while serving, which is torch's: the kernels are then left alone. Where
+    torch serves anyway, adapters are taken whatever this says."""
     max_logprobs: int = Field(default=20, ge=0)
     """Most alternatives that a request may ask for with each token."""
     seed: int | None = None

@@ -21,13 +21,12 @@ from minigpt.engine.config import EngineConfig
 from minigpt.engine.cost_model import Pacer
 from minigpt.engine.fairness import FairQueue
 from minigpt.engine.host import environment, free_memory
+from minigpt.engine.native import make_runner, not_covered
 from minigpt.engine.output import OutputProcessor, Vocabulary
-from minigpt.engine.packing import pack_weights
 from minigpt.engine.prefix_cache import prefix_root
 from minigpt.engine.preflight import plan_memory
 from minigpt.engine.prompt import Observer
 from minigpt.engine.resolve import kv_bytes_per_token, resolve_memory, resolve_numerics
-from minigpt.engine.runner import ModelRunner
 from minigpt.engine.sampler import sample
 from minigpt.engine.scheduler import Chunk, Scheduler
 from minigpt.engine.sequence import Sequence
@@ -49,7 +48,8 @@ class Engine:
             for delta in engine.step(): ...
 
     Args:
-        model: In eval mode, on its device, in the config's dtype (int8 weights stay int8).
+        model: In eval mode, on its device, in the config's dtype (int8 weights stay int8). The
+            engine takes its weights: it is not to be used beside it.
         vocabulary: Turns tokens into bytes.
         config: With every "auto" settled; see `resolve`.
         model_id: Hash of what is served.
@@ -90,11 +90,12 @@ class Engine:
             prefix_cache=config.prefix_cache,
             priority_step_tokens=config.priority_step_tokens,
         )
-        runner = ModelRunner.with_cache(
+        runner = make_runner(
             model,
             num_blocks=blocks.num_blocks,
             block_size=config.block_size,
             dtype=getattr(torch, config.dtype),
+            adapters=config.adapters,
         )
         self._weights = HeldWeights(model_id, runner)
         self._exchange = Exchange(self._weights, self._host, self.ready)
@@ -153,9 +154,11 @@ class Engine:
         loaded = load_model(path, dtype=config.dtype, device=config.device)
         tokenizer = Tokenizer.load(loaded.path)
         check_vocab(loaded.config, tokenizer.vocab_size)
-        pack_weights(loaded.model)
         available = free_memory(config)
         config = resolve_memory(config, loaded.config, available=available, report=log.info)
+        reason = not_covered(loaded.model, getattr(torch, config.dtype), config.block_size)
+        reason = "adapters are torch's" if config.adapters else reason
+        log.info("runner = kernels" if reason is None else f"runner = torch: {reason}")
         engine = cls(loaded.model, tokenizer, config, model_id=loaded.id, clock=clock)
         engine._load_seconds = clock.monotonic() - started
         return engine

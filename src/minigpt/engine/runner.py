@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from minigpt.engine.adapters import AdapterSet
+from minigpt.engine.packing import pack_weights
 from minigpt.engine.paged_attention import KVCache, PagedAttention
 from minigpt.engine.prompt_scores import read_prompt
 from minigpt.engine.scheduler import Chunk
@@ -47,7 +48,8 @@ class ModelRunner:
         return cls(model, cache)
 
     def with_model(self, model: Decoder) -> ModelRunner:
-        """Return a runner of other weights over the same cache."""
+        """Return a runner of other weights over the same cache; they are packed in place."""
+        pack_weights(model)
         return ModelRunner(model, self._cache)
 
     @torch.inference_mode()

@@ -280,7 +280,8 @@ class Scheduler:
 
     def _admit(self, batch: Batch, prefill: Sequence | None) -> Sequence | None:
         """Admit the next waiting sequence, unless `prefill` is more urgent or it does not fit."""
-        if not self.queue or len(self.running) >= self.max_num_seqs:
+        # A step that had to preempt admits nobody, least of all whom it preempted.
+        if batch.preempted or not self.queue or len(self.running) >= self.max_num_seqs:
             return None
         pending = self._pending_hashes()
         # As many are passed over as could run: a bound on the time that this takes.

@@ -20,10 +20,9 @@ from minigpt.core.storage import is_remote
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.engine.adapters import check_adapter
 from minigpt.engine.config import EngineConfig
-from minigpt.engine.packing import pack_weights
+from minigpt.engine.native import Runner
 from minigpt.engine.preflight import read_model_config, weight_bytes
 from minigpt.engine.resolve import DTYPE_BYTES
-from minigpt.engine.runner import ModelRunner
 from minigpt.engine.weights import HeldWeights
 from minigpt.model.config import ModelConfig
 from minigpt.model.lora import CONFIG, WEIGHTS, Adapter, load_adapter
@@ -142,7 +141,7 @@ class Exchange:
 class _Swap:
     """A swap under way."""
 
-    loaded: Future[tuple[str, ModelRunner]] = field(default_factory=Future)
+    loaded: Future[tuple[str, Runner]] = field(default_factory=Future)
     """The digest of the new weights, and what runs them."""
     done: Future[Ready] = field(default_factory=Future)
 
@@ -158,7 +157,6 @@ def _load(path: str | Path, host: Host) -> LoadedModel:
             f"{_ends(host.model)}",
             remedy="serve it with a server of its own",
         )
-    pack_weights(loaded.model)
     return loaded
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from minigpt.core.errors import RequestError
-from minigpt.engine.runner import ModelRunner
+from minigpt.core.errors import ModelError, RequestError
+from minigpt.engine.native import Runner
 from minigpt.engine.scheduler import Chunk
 from minigpt.engine.sequence import Sequence
 from minigpt.model.lora import Adapter
@@ -23,7 +23,7 @@ from minigpt.model.lora import Adapter
 class _Held:
     """One set of weights."""
 
-    runner: ModelRunner
+    runner: Runner
     adapters: dict[str, str] = field(default_factory=dict)
     """Digests by the names that requests use."""
     resident: set[str] = field(default_factory=set)
@@ -38,13 +38,13 @@ class HeldWeights:
         runner: Of the first weights.
     """
 
-    def __init__(self, digest: str, runner: ModelRunner) -> None:
+    def __init__(self, digest: str, runner: Runner) -> None:
         self.current = digest
         """What new requests run on."""
         self._held = {digest: _Held(runner)}
 
     @property
-    def runner(self) -> ModelRunner:
+    def runner(self) -> Runner:
         """The newest weights' runner."""
         return self._held[self.current].runner
 
@@ -88,14 +88,23 @@ class HeldWeights:
         logits = torch.cat([logits for logits, _ in parts])
         return logits, [sequence for _, sequences in parts for sequence in sequences]
 
-    def install(self, digest: str, runner: ModelRunner) -> None:
+    def install(self, digest: str, runner: Runner) -> None:
         """Let new requests use these weights; those that are held already stay as they are."""
         self._held.setdefault(digest, _Held(runner))
         self.current = digest
 
     def load_adapter(self, name: str, digest: str, adapter: Adapter) -> None:
-        """Let requests name an adapter of the newest weights."""
+        """Let requests name an adapter of the newest weights.
+
+        Raises:
+            ModelError: What runs them serves no adapters.
+        """
         held = self._held[self.current]
+        if held.runner.adapters is None:
+            raise ModelError(
+                "adapters are served by torch, and the kernels serve here",
+                remedy="start with engine.adapters=true",
+            )
         if digest not in held.resident:
             held.runner.adapters.add(digest, adapter)
             held.resident.add(digest)
@@ -118,5 +127,6 @@ class HeldWeights:
             named = set(held.adapters.values())
             running = {adapter for weights, adapter in in_use if weights == digest}
             for unused in held.resident - named - running:
+                assert held.runner.adapters is not None
                 held.runner.adapters.remove(unused)
                 held.resident.remove(unused)

@@ -1,0 +1,274 @@
+"""Run the model's steps through the kernel library, where it covers the model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from minigpt.core.errors import ModelError
+from minigpt.engine.adapters import AdapterSet
+from minigpt.engine.packing import pack_weights
+from minigpt.engine.prompt_scores import read_prompt
+from minigpt.engine.runner import ModelRunner
+from minigpt.engine.scheduler import Chunk
+from minigpt.engine.sequence import Sequence
+from minigpt.kernels import library
+from minigpt.kernels.kv_layout import CacheFormat, KVLayout
+from minigpt.kernels.linear import PackedWeight, pack_bfloat16, pack_int8
+from minigpt.kernels.step import Layer, Norm, Plan, Step
+from minigpt.model.decoder import Decoder
+from minigpt.model.layers import DecoderLayer, SelfAttention
+from minigpt.model.linear import Int8Embedding, Int8Linear
+from minigpt.model.mlp import GeluMLP, SwiGLU
+
+
+class Runner(Protocol):
+    """Runs the model on a step's batch."""
+
+    @property
+    def adapters(self) -> AdapterSet | None:
+        """The model's adapters; None where it can have none."""
+        ...
+
+    def with_model(self, model: Decoder) -> Runner:
+        """Return a runner of other weights over the same cache.
+
+        Raises:
+            ModelError: It can't run them.
+        """
+        ...
+
+    def run(self, chunks: list[Chunk]) -> tuple[Tensor, list[Sequence]]:
+        """See `ModelRunner.run`."""
+        ...
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """See `ModelRunner.copy_blocks`."""
+        ...
+
+    def clear(self, blocks: list[int]) -> None:
+        """See `ModelRunner.clear`."""
+        ...
+
+
+def make_runner(
+    model: Decoder, *, num_blocks: int, block_size: int, dtype: torch.dtype, adapters: bool
+) -> Runner:
+    """Return the kernels' runner where they cover the model, else torch's.
+
+    Args:
+        model: In eval mode, on its device. Either runner takes its weights: it is not to be used
+            beside it.
+        num_blocks: Blocks of the KV cache.
+        block_size: Tokens in a block.
+        dtype: Of activations and KV cache.
+        adapters: Whether it must serve adapters, which is torch's.
+    """
+    if not adapters and not_covered(model, dtype, block_size) is None:
+        return NativeRunner(model, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
+    pack_weights(model)
+    return ModelRunner.with_cache(model, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
+
+
+def not_covered(model: Decoder, dtype: torch.dtype, block_size: int) -> str | None:
+    """Say why the kernels cannot run a model, or return None if they can."""
+    kernels = library.find()
+    if isinstance(kernels, library.Absence):
+        return kernels.reason
+    config = model.config
+    if dtype != torch.bfloat16:
+        return f"{dtype} is torch's: the kernels' weights are bfloat16 and int8"
+    if any(value.device.type != "cpu" for value in model.state_dict().values()):
+        return "the model is not on the CPU"
+    if config.num_experts:
+        return "mixtures of experts are torch's"
+    layout = KVLayout(_cache_format(dtype), block_size, config.num_kv_heads, config.head_dim)
+    if not layout.fits(config.num_heads):
+        return (
+            f"heads of {config.head_dim}, {config.num_heads} over {config.num_kv_heads}, in "
+            f"blocks of {block_size} tokens do not fit the kernels"
+        )
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module.weight.dtype != torch.bfloat16:
+            return f"{name} is {module.weight.dtype}: the kernels' weights are bfloat16 and int8"
+        children = isinstance(module, SelfAttention | SwiGLU | GeluMLP) and module.children()
+        for child in children or ():
+            if type(child) not in (nn.Linear, Int8Linear) and not isinstance(child, nn.RMSNorm):
+                return f"{name} has a {type(child).__name__}"
+    return None
+
+
+class NativeRunner:
+    """`ModelRunner` over the kernel library.
+
+    Args:
+        model: In eval mode, covered by the kernels. Its weights are packed and then given up,
+            layer by layer: what is left of them is on the meta device.
+        num_blocks: Blocks of the KV cache.
+        block_size: Tokens in a block.
+        dtype: Of activations, and of the cache if nothing else is asked.
+        cache_format: Of the KV cache; None is the dtype.
+        caches: Another runner's, to be used too; None makes them.
+    """
+
+    adapters = None
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        cache_format: CacheFormat | None = None,
+        caches: list[Tensor] | None = None,
+    ) -> None:
+        kernels = library.loaded()
+        assert kernels is not None, "see not_covered"
+        config = model.config
+        layout = KVLayout(
+            cache_format or _cache_format(dtype), block_size, config.num_kv_heads, config.head_dim
+        )
+        self._block_size = block_size
+        self._dtype = dtype
+        self._cache_format = cache_format
+        if caches is None:
+            caches = [layout.allocate(num_blocks) for _ in range(config.num_layers)]
+        self._caches = caches
+        self._step = Step(_plan(model, layout, self._caches, dtype), kernels)
+
+    def with_model(self, model: Decoder) -> NativeRunner:
+        """See `Runner.with_model`; takes the model's weights as the first one's."""
+        if (reason := not_covered(model, self._dtype, self._block_size)) is not None:
+            raise ModelError(
+                f"the kernels that serve can't run these weights: {reason}",
+                remedy="serve them with a server of their own",
+            )
+        return NativeRunner(
+            model,
+            num_blocks=len(self._caches[0]),
+            block_size=self._block_size,
+            dtype=self._dtype,
+            cache_format=self._cache_format,
+            caches=self._caches,
+        )
+
+    def run(self, chunks: list[Chunk]) -> tuple[Tensor, list[Sequence]]:
+        """See `ModelRunner.run`."""
+        tokens: list[int] = []
+        tables: list[int] = []
+        described: list[tuple[int, int, int, int]] = []
+        last_rows: list[int] = []
+        sampled: list[Sequence] = []
+        read: list[Chunk] = []
+        hidden_rows: list[int] = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence.reader is not None:
+                read.append(chunk)
+                hidden_rows += range(len(tokens), len(tokens) + chunk.length)
+            described.append((len(tokens), chunk.length, chunk.start, len(tables)))
+            tokens += sequence.token_ids[chunk.start : chunk.stop]
+            tables += sequence.block_table[: -(-chunk.stop // self._block_size)]
+            if chunk.samples:
+                last_rows.append(len(tokens) - 1)
+                sampled.append(sequence)
+        logits, hidden = self._step.run(tokens, described, tables, last_rows, hidden_rows)
+        for chunk in read:
+            read_prompt(hidden[: chunk.length], chunk, self._step.project)
+            hidden = hidden[chunk.length :]
+        return logits, sampled
+
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """See `ModelRunner.copy_blocks`."""
+        for source, destination in copies:
+            for cache in self._caches:
+                cache[destination].copy_(cache[source])
+
+    def clear(self, blocks: list[int]) -> None:
+        """See `ModelRunner.clear`."""
+        for cache in self._caches:
+            cache[blocks] = 0
+
+
+def _cache_format(dtype: torch.dtype) -> CacheFormat:
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
+
+
+@torch.inference_mode()
+def _plan(model: Decoder, layout: KVLayout, caches: list[Tensor], dtype: torch.dtype) -> Plan:
+    config, trunk = model.config, model.model
+    layers = []
+    for layer, cache in zip(trunk.layers, caches, strict=True):
+        assert isinstance(layer, DecoderLayer)
+        layers.append(_layer(layer, cache, dtype))
+        layer.to("meta")
+    embedding: nn.Embedding | Int8Embedding = trunk.embed_tokens
+    table, scales = embedding.weight.detach(), None
+    if isinstance(embedding, Int8Embedding):
+        scales = embedding.scale.float()
+    if model.lm_head is not None:
+        head = _pack(model.lm_head)
+        model.lm_head.to("meta")
+    elif isinstance(embedding, Int8Embedding):
+        head = pack_int8(table, embedding.scale)
+    else:
+        head = pack_bfloat16(table.bfloat16())
+    learned = trunk.embed_positions
+    return Plan(
+        dtype=dtype,
+        layout=layout,
+        heads=config.num_heads,
+        layers=layers,
+        embedding=table if scales is not None else table.to(dtype),
+        embedding_scales=scales,
+        position_table=None if learned is None else _to(learned.weight, dtype),
+        frequencies=None if trunk.rotary is None else trunk.rotary.inverse_frequencies,
+        final_norm=_norm(trunk.norm, dtype),
+        head=head,
+        window=config.sliding_window,
+        layer_norm=config.norm == "layernorm",
+        gated=config.mlp == "swiglu",
+        eps=config.norm_eps,
+    )
+
+
+def _layer(layer: DecoderLayer, cache: Tensor, dtype: torch.dtype) -> Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    assert isinstance(mlp, SwiGLU | GeluMLP)
+    query_norm, key_norm = attention.q_norm, attention.k_norm
+    return Layer(
+        input_norm=_norm(layer.input_layernorm, dtype),
+        inner_norm=_norm(layer.post_attention_layernorm, dtype),
+        qkv=_pack(attention.q_proj, attention.k_proj, attention.v_proj),
+        output=_pack(attention.o_proj),
+        up=_pack(mlp.gate_proj, mlp.up_proj) if isinstance(mlp, SwiGLU) else _pack(mlp.up_proj),
+        down=_pack(mlp.down_proj),
+        cache=cache,
+        query_norm=None if query_norm is None else _to(query_norm.weight, dtype),
+        key_norm=None if key_norm is None else _to(key_norm.weight, dtype),
+    )
+
+
+def _norm(norm: nn.Module, dtype: torch.dtype) -> Norm:
+    assert isinstance(norm, nn.RMSNorm | nn.LayerNorm)
+    bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+    return Norm(_to(norm.weight, dtype), None if bias is None else _to(bias, dtype))
+
+
+def _to(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight that outlives its module."""
+    return weight.detach().to(dtype).contiguous()
+
+
+def _pack(*parts: nn.Linear | Int8Linear) -> PackedWeight:
+    """Pack linear layers of the same inputs as one, outputs one after the other."""
+    weight = torch.cat([part.weight for part in parts])
+    biases = [part.bias for part in parts if part.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    scales = [part.scale for part in parts if isinstance(part, Int8Linear)]
+    if scales:
+        return pack_int8(weight, torch.cat(scales), bias)
+    return pack_bfloat16(weight, bias)
