@@ -18,6 +18,7 @@ from minigpt.evaluate.config import EvaluateConfig, GateConfig
 from minigpt.evaluate.gate import Evidence
 from minigpt.evaluate.parity import ParityReport, ParityRow, load_parity
 from minigpt.evaluate.run import evaluate
+from minigpt.kernels import library
 
 CONFIG = ParityConfig.model_validate(
     {
@@ -25,7 +26,7 @@ CONFIG = ParityConfig.model_validate(
         "max_tokens": 300,
         "context_length": 100,
         "decode_tokens": 8,
-        "engine": {"device": "cpu", "threads": 1, "block_size": 4, "max_batched_tokens": 48},
+        "engine": {"device": "cpu", "threads": 1, "block_size": 16, "max_batched_tokens": 48},
     }
 )
 
@@ -55,11 +56,14 @@ def test_float32_serves_what_was_trained_and_bfloat16_nearly(
     found = load_parity(artifact)
     assert found.windows == 3 and found.context_length == 100
     exact = row(found, "float32", "float32")
+    assert exact.runner == "torch"
     assert exact.prefill.tokens == 3 * 99 and exact.decode.tokens == 3 * 8
     for numbers in (exact.prefill, exact.decode):
         assert numbers.max_delta < 1e-3
         assert numbers.greedy_agreement == 1
     assert exact.prefill.mean_kl is not None and exact.prefill.mean_kl < 1e-6
+    covered = library.loaded() is not None
+    assert row(found, "bfloat16", "float32").runner == ("kernels" if covered else "torch")
     rounded = row(found, "bfloat16", "float32")
     assert exact.prefill.max_delta < rounded.prefill.p99_delta < 1
     assert 0.8 < rounded.prefill.greedy_agreement <= 1

@@ -67,6 +67,7 @@ def _print_result(result: Mapping[str, Any]) -> None:
                   "greedy agreement", box=None, pad_edge=False)  # fmt: skip
     for row in result["rows"]:
         served = row["served_dtype"] + (" int8" if row["quantization"] == "int8" else "")
+        served += f", {row['runner']}"
         for phase in ("prefill", "decode"):
             found = row[phase]
             kl = "" if found["mean_kl"] is None else f"{found['mean_kl']:.2e}"

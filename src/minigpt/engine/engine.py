@@ -164,6 +164,11 @@ class Engine:
         return engine
 
     @property
+    def runner_name(self) -> str:
+        """What multiplies: `kernels` or `torch`."""
+        return self._weights.runner.name
+
+    @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to hand over."""
         waits = bool(self._held) or self._exchange.under_way
@@ -317,7 +322,7 @@ class Engine:
             load_seconds=self._load_seconds,
             adapters=dict(self._weights.adapters),
             engine_config=self.config.model_dump_json(),
-            environment=environment(),
+            environment=environment() | {"runner": self.runner_name},
         )
 
     def _run(self, chunks: list[Chunk]) -> list[Delta]:

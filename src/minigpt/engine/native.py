@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from minigpt.model.mlp import GeluMLP, SwiGLU
 
 class Runner(Protocol):
     """Runs the model on a step's batch."""
+
+    name: ClassVar[str]
+    """`kernels` or `torch`."""
 
     @property
     def adapters(self) -> AdapterSet | None:
@@ -113,6 +116,7 @@ class NativeRunner:
         caches: Another runner's, to be used too; None makes them.
     """
 
+    name: ClassVar[str] = "kernels"
     adapters = None
 
     def __init__(

@@ -105,6 +105,7 @@ def _compare(
             reference_dtype=reference_dtype,
             quantization=bits,
             kv_dtype=dtype,
+            runner=engine.runner_name,
             prefill=_compare_prefill(engine, side, windows).numbers(),
             decode=_compare_decode(side, answers).numbers(),
         )

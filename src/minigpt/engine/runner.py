@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ class ModelRunner:
         model: In eval mode, on its device.
         cache: Of the shape of the model's keys and values; other runners may use it too.
     """
+
+    name: ClassVar[str] = "torch"
 
     def __init__(self, model: Decoder, cache: KVCache) -> None:
         self._model = model

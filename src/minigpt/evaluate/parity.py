@@ -49,6 +49,8 @@ class ParityRow(Config):
     quantization: str
     """Of the served weights: `int8` or `none`."""
     kv_dtype: str
+    runner: str
+    """What multiplied: `kernels` or `torch`."""
     prefill: Numbers
     """The text, scored in chunks through the paged cache."""
     decode: Numbers
