@@ -15,7 +15,9 @@ from minigpt.core.clock import Clock, SystemClock
 from minigpt.core.errors import RequestError
 from minigpt.core.machine import describe_machine
 from minigpt.core.storage import is_remote
+from minigpt.engine.batch import Chunk
 from minigpt.engine.blocks import BlockManager
+from minigpt.engine.choice import Sampled
 from minigpt.engine.config import EngineConfig
 from minigpt.engine.cost_model import Pacer
 from minigpt.engine.fairness import FairQueue
@@ -26,9 +28,10 @@ from minigpt.engine.preflight import plan_memory
 from minigpt.engine.resolve import kv_bytes_per_token, resolve_memory, resolve_numerics
 from minigpt.engine.runner import ModelRunner
 from minigpt.engine.sampler import sample
-from minigpt.engine.scheduler import Chunk, Scheduler
+from minigpt.engine.scheduler import Scheduler
 from minigpt.engine.sequence import Sequence
 from minigpt.engine.shaping import Shaping
+from minigpt.engine.speculative import Speculator, keep_right
 from minigpt.engine.structured import GrammarCompiler
 from minigpt.engine.validate import check_request
 from minigpt.model.decoder import Decoder
@@ -73,6 +76,11 @@ class Engine:
         blocks = BlockManager(config.kv_cache_bytes // per_block, config.block_size)
         target = config.inter_token_target_ms
         self._pacer = Pacer(None if target == "auto" else target / 1000)
+        self._speculator = (
+            None
+            if config.speculative.method == "none"
+            else Speculator(config.speculative, self._pacer.model)
+        )
         self._scheduler = Scheduler(
             blocks,
             config.max_num_seqs,
@@ -83,6 +91,7 @@ class Engine:
                 output_weight=config.output_token_weight,
             ),
             pacer=self._pacer,
+            speculator=self._speculator,
             prefix_cache=config.prefix_cache,
             priority_step_tokens=config.priority_step_tokens,
         )
@@ -261,6 +270,8 @@ class Engine:
             last_step_decode_tokens=decode_tokens,
             prefix_cache_queries=self._scheduler.num_prefix_queries,
             prefix_cache_hits=self._scheduler.num_prefix_hits,
+            drafted_tokens=0 if self._speculator is None else self._speculator.num_drafted,
+            accepted_tokens=0 if self._speculator is None else self._speculator.num_accepted,
         )
 
     def ready(self) -> Ready:
@@ -282,26 +293,56 @@ class Engine:
             logits, sequences = self._runner.run(chunks)
             choices = sample(logits, sequences)
         except Exception as error:
-            if len(chunks) == 1:
-                return [self._fail(chunks[0].sequence, f"{type(error).__name__}: {error}")]
-            return [delta for chunk in chunks for delta in self._run([chunk])]
-        self._scheduler.advance(chunks)
-        deltas = []
+            if len(chunks) > 1:
+                return [delta for chunk in chunks for delta in self._run([chunk])]
+            if chunks[0].drafted:
+                return self._run([chunks[0].with_drafts(())])
+            return [self._fail(chunks[0].sequence, f"{type(error).__name__}: {error}")]
+        return self._take_over(chunks, sequences, choices)
+
+    def _take_over(
+        self, chunks: list[Chunk], sequences: list[Sequence], choices: list[Sampled | None]
+    ) -> list[Delta]:
+        """Record what a batch computed; `choices` are row by row for `sequences`."""
+        rows: dict[int, list[Sampled | None]] = {}
         for sequence, choice in zip(sequences, choices, strict=True):
-            if choice is None:
-                deltas.append(self._fail(sequence, "the model's logits are not finite"))
+            rows.setdefault(sequence.arrival, []).append(choice)
+        deltas = []
+        for chunk in chunks:
+            its_rows = rows.get(chunk.sequence.arrival, [])
+            kept = keep_right(chunk.drafted, its_rows)
+            if kept and None in its_rows:
+                self._compute_anew(chunk.sequence)
                 continue
-            if sequence.sampling.max_tokens:
-                delta = self._output.extend(sequence, choice)
-                self._generation_tokens += 1
-            else:
-                delta = self._output.answer_prompt(sequence)
-            if sequence.index == 0 and sequence.num_output_tokens <= 1:
-                self._prompt_tokens += sequence.num_prompt_tokens
-            if delta.finish_reason is not None:
-                self._finish(sequence)
-            deltas.append(delta)
+            right = chunk.with_drafts(chunk.drafted[: max(len(kept) - 1, 0)])
+            if self._speculator is not None and chunk.drafted:
+                self._speculator.observe(
+                    chunk.sequence, len(chunk.drafted), accepted=len(right.drafted)
+                )
+            self._scheduler.advance([right])
+            if kept:
+                deltas.append(self._extend(chunk.sequence, kept))
+            elif chunk.samples:
+                deltas.append(self._fail(chunk.sequence, "the model's logits are not finite"))
         return deltas
+
+    def _extend(self, sequence: Sequence, choices: list[Sampled]) -> Delta:
+        if sequence.sampling.max_tokens:
+            delta = self._output.extend(sequence, choices)
+            self._generation_tokens += len(delta.token_ids)
+        else:
+            delta = self._output.answer_prompt(sequence)
+        if sequence.index == 0 and sequence.num_output_tokens <= 1:
+            self._prompt_tokens += sequence.num_prompt_tokens
+        if delta.finish_reason is not None:
+            self._finish(sequence)
+        return delta
+
+    def _compute_anew(self, sequence: Sequence) -> None:
+        """Begin again without drafts: what one of them left in the cache is not finite."""
+        sequence.drafting.allowed = False
+        self._runner.clear(self._scheduler.poison(sequence))
+        self._scheduler.preempt(sequence)
 
     def _fail(self, sequence: Sequence, error: str) -> Delta:
         self._runner.clear(self._scheduler.poison(sequence))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minigpt.engine.batch import Chunk
 from minigpt.engine.paged_attention import KVCache, PagedAttention
 from minigpt.engine.prompt_scores import read_prompt
-from minigpt.engine.scheduler import Chunk
 from minigpt.engine.sequence import Sequence
 from minigpt.model.decoder import Decoder
 
@@ -45,7 +45,8 @@ class ModelRunner:
             chunks: At least one; blocks for all of them are in the block tables.
 
         Returns:
-            (S, V) float32 logits and the S sequences to sample for, row by row.
+            (S, V) float32 logits and the S sequences to sample for, row by row: each chunk's
+            sequence as often, in succession, as it has `num_logits`.
         """
         # Decode first, by length, so that sequences of like length gather together.
         ordered = sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.stop))
@@ -58,11 +59,10 @@ class ModelRunner:
         for chunk in ordered:
             if chunk.sequence.reader is not None:
                 read.append((len(tokens), chunk))
-            tokens += chunk.sequence.token_ids[chunk.start : chunk.stop]
+            tokens += chunk.token_ids
             positions += range(chunk.start, chunk.stop)
-            if chunk.samples:
-                last_rows.append(len(tokens) - 1)
-                sampled.append(chunk.sequence)
+            last_rows += range(len(tokens) - chunk.num_logits, len(tokens))
+            sampled += [chunk.sequence] * chunk.num_logits
         hidden = self._model(self._tensor(tokens)[None], self._tensor(positions)[None], attention)
         for row, chunk in read:
             read_prompt(hidden[0, row : row + chunk.length], chunk, self._model.logits)
