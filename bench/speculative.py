@@ -71,7 +71,8 @@ def main() -> None:
         ("text x concurrency", "tokens/s without", "with", "ratio", "least", "largest",
          "ratio of CPU", "drafted", "right"),
         [
-            (f"{row['kind']} x {row['concurrency']}", *(f"{row[k]:.1f}" for k in ("without", "with")),
+            (f"{row['kind']} x {row['concurrency']}",
+             *(f"{row[k]:.1f}" for k in ("without", "with")),
              *(f"{row[k]:.3f}" for k in ("ratio", "least", "largest", "cpu_ratio")),
              row["drafted"], row["accepted"])
             for row in rows

@@ -311,7 +311,7 @@ class Engine:
         for chunk in chunks:
             its_rows = rows.get(chunk.sequence.arrival, [])
             kept = keep_right(chunk.drafted, its_rows)
-            if kept and None in its_rows:
+            if chunk.drafted and None in its_rows:
                 self._compute_anew(chunk.sequence)
                 continue
             right = chunk.with_drafts(chunk.drafted[: max(len(kept) - 1, 0)])
@@ -339,7 +339,10 @@ class Engine:
         return delta
 
     def _compute_anew(self, sequence: Sequence) -> None:
-        """Begin again without drafts: what one of them left in the cache is not finite."""
+        """Begin again without drafts, one of which may be why the logits are not finite.
+
+        Even masked its keys and values would spoil the rows before it, and later ones.
+        """
         sequence.drafting.allowed = False
         self._runner.clear(self._scheduler.poison(sequence))
         self._scheduler.preempt(sequence)
