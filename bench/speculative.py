@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens")
     parser.add_argument("--output", type=int, default=128, help="tokens of each answer")
-    parser.add_argument("--edit", type=int, default=20, help="every so manieth token is edited")
+    parser.add_argument("--edit", type=int, default=23, help="which of the tokens are edited")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--draft", type=int, default=8, help="max_draft_tokens")
     parser.add_argument("--dtype", default="auto")

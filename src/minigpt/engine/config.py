@@ -12,20 +12,28 @@ from minigpt.core.config import Auto, Config
 class SpeculativeConfig(Config):
     """Drafting tokens that are verified several at a step; answers stay the same."""
 
-    method: Literal["none", "ngram"] = "ngram"
-    """ngram looks up what followed the last tokens before; it ends by itself where it loses."""
+    method: Literal["none", "ngram", "draft"] = "ngram"
+    """ngram looks up what followed the last tokens before; draft asks a smaller model. Both end
+    by themselves where they lose."""
     max_draft_tokens: PositiveInt = 8
     """Most tokens drafted for a sequence in a step."""
     min_ngram: PositiveInt = 2
     """Fewest last tokens that must have occurred before."""
     max_ngram: PositiveInt = 8
     """Most last tokens that are compared; where more agree is preferred."""
+    draft_model: str | None = None
+    """A local model with the same vocabulary, several times smaller."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.max_ngram < self.min_ngram:
             raise ValueError(
                 f"max_ngram = {self.max_ngram} must be at least min_ngram = {self.min_ngram}"
+            )
+        if (self.method == "draft") != (self.draft_model is not None):
+            raise ValueError(
+                f"method = {self.method} with draft_model = {self.draft_model}: a draft_model is "
+                "given with method = draft, and only there"
             )
         return self
 

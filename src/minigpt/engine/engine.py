@@ -20,6 +20,7 @@ from minigpt.engine.blocks import BlockManager
 from minigpt.engine.choice import Sampled
 from minigpt.engine.config import EngineConfig
 from minigpt.engine.cost_model import Pacer
+from minigpt.engine.draft_model import DraftModel
 from minigpt.engine.fairness import FairQueue
 from minigpt.engine.output import OutputProcessor, Vocabulary
 from minigpt.engine.packing import pack_weights
@@ -50,6 +51,7 @@ class Engine:
         model: In eval mode, on its device, in the config's dtype (int8 weights stay int8).
         vocabulary: Turns tokens into bytes.
         config: With every "auto" settled; see `resolve`.
+        draft: The model that drafts, likewise; only with the method "draft".
         model_id: Hash of what is served.
         clock: For durations in the stats.
     """
@@ -60,6 +62,7 @@ class Engine:
         vocabulary: Vocabulary,
         config: EngineConfig,
         *,
+        draft: Decoder | None = None,
         model_id: str = "",
         clock: Clock | None = None,
     ) -> None:
@@ -72,7 +75,9 @@ class Engine:
         self._model_config = model.config
         self._model_id = model_id
         self._clock = clock or SystemClock()
-        per_block = kv_bytes_per_token(config, model.config) * config.block_size
+        assert (draft is None) == (config.speculative.method != "draft")
+        draft_config = None if draft is None else draft.config
+        per_block = kv_bytes_per_token(config, model.config, draft_config) * config.block_size
         blocks = BlockManager(config.kv_cache_bytes // per_block, config.block_size)
         target = config.inter_token_target_ms
         self._pacer = Pacer(None if target == "auto" else target / 1000)
@@ -96,12 +101,16 @@ class Engine:
             priority_step_tokens=config.priority_step_tokens,
         )
         self._prefix_root = prefix_root(model_id)
-        self._runner = ModelRunner(
-            model,
-            num_blocks=blocks.num_blocks,
-            block_size=config.block_size,
-            dtype=getattr(torch, config.dtype),
-        )
+        cache: dict[str, Any] = {
+            "num_blocks": blocks.num_blocks,
+            "block_size": config.block_size,
+            "dtype": getattr(torch, config.dtype),
+        }
+        self._runner = ModelRunner(model, **cache)
+        self._draft_model = None if draft is None else DraftModel(draft, **cache)
+        self._runners = [self._runner]
+        if self._draft_model is not None:
+            self._runners.append(self._draft_model.runner)
         ends = model.config.stop_token_ids
         eos = (model.config.eos_token_id, vocabulary.eos_token_id, *ends)
         self._eos_token_ids = tuple(dict.fromkeys(t for t in eos if t is not None))
@@ -161,9 +170,20 @@ class Engine:
         tokenizer = Tokenizer.load(loaded.path)
         check_vocab(loaded.config, tokenizer.vocab_size)
         pack_weights(loaded.model)
-        available = _free_memory(config)
-        config = resolve_memory(config, loaded.config, available=available, report=log.info)
-        engine = cls(loaded.model, tokenizer, config, model_id=loaded.id, clock=clock)
+        draft = None
+        if config.speculative.draft_model is not None:
+            draft = load_model(
+                config.speculative.draft_model, dtype=config.dtype, device=config.device
+            ).model
+            pack_weights(draft)
+        config = resolve_memory(
+            config,
+            loaded.config,
+            available=_free_memory(config),
+            report=log.info,
+            draft=None if draft is None else draft.config,
+        )
+        engine = cls(loaded.model, tokenizer, config, draft=draft, model_id=loaded.id, clock=clock)
         engine._load_seconds = clock.monotonic() - started
         return engine
 
@@ -241,8 +261,9 @@ class Engine:
         for chunk in batch.chunks:
             if chunk.sequence.queue_seconds is None:
                 chunk.sequence.queue_seconds = started - chunk.sequence.arrived_seconds
-        self._runner.copy_blocks(batch.copies)
-        deltas += self._run(batch.chunks)
+        for runner in self._runners:
+            runner.copy_blocks(batch.copies)
+        deltas += self._run(self._guess(batch.chunks))
         self._steps += 1
         seconds = self._clock.monotonic() - started
         self._pacer.model.observe(batch.work, seconds)
@@ -286,6 +307,15 @@ class Engine:
             eos_token_id=self._eos_token_ids[0] if self._eos_token_ids else None,
             load_seconds=self._load_seconds,
         )
+
+    def _guess(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Let the draft model, where there is one, say what is drafted; it may fail."""
+        if self._draft_model is None:
+            return chunks
+        try:
+            return self._draft_model.fill(chunks)
+        except Exception:
+            return [chunk.with_drafts(()) for chunk in chunks]
 
     def _run(self, chunks: list[Chunk]) -> list[Delta]:
         """Run and sample; where that raises, find the culprit by running chunk by chunk."""
@@ -344,11 +374,17 @@ class Engine:
         Even masked its keys and values would spoil the rows before it, and later ones.
         """
         sequence.drafting.allowed = False
-        self._runner.clear(self._scheduler.poison(sequence))
+        self._clear(sequence)
         self._scheduler.preempt(sequence)
 
+    def _clear(self, sequence: Sequence) -> None:
+        """Take what a sequence has computed out of the caches."""
+        blocks = self._scheduler.poison(sequence)
+        for runner in self._runners:
+            runner.clear(blocks)
+
     def _fail(self, sequence: Sequence, error: str) -> Delta:
-        self._runner.clear(self._scheduler.poison(sequence))
+        self._clear(sequence)
         self._finish(sequence)
         return self._output.close(sequence, "error", error)
 

@@ -20,12 +20,20 @@ class ModelRunner:
         num_blocks: Blocks of the KV cache.
         block_size: Tokens in a block.
         dtype: Of the KV cache: that of the model's activations.
+        reads_prompts: Whether sequences are told what they want to know of their prompts.
     """
 
     def __init__(
-        self, model: Decoder, *, num_blocks: int, block_size: int, dtype: torch.dtype
+        self,
+        model: Decoder,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        reads_prompts: bool = True,
     ) -> None:
         self._model = model
+        self._reads_prompts = reads_prompts
         self._device = next(iter(model.state_dict().values())).device
         self._cache = KVCache(
             model.config,
@@ -57,7 +65,7 @@ class ModelRunner:
         sampled: list[Sequence] = []
         read: list[tuple[int, Chunk]] = []
         for chunk in ordered:
-            if chunk.sequence.reader is not None:
+            if self._reads_prompts and chunk.sequence.reader is not None:
                 read.append((len(tokens), chunk))
             tokens += chunk.token_ids
             positions += range(chunk.start, chunk.stop)

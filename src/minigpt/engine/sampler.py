@@ -41,13 +41,16 @@ def uniform(seed: int, index: int, position: int) -> float:
     return (int.from_bytes(digest.digest(), "little") >> 11) / (1 << 53)
 
 
-def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled | None]:
+def sample(
+    logits: Tensor, sequences: SequenceOf[Sequence], *, ahead: int = 0
+) -> list[Sampled | None]:
     """Choose the next token of each sequence.
 
     Args:
         logits: (B, V) float32, row i for `sequences[i]`.
         sequences: Whose sampling parameters, seed and position apply. Rows in succession of one
             sequence, which has no shaping, are for its next token, the one after it, and so on.
+        ahead: Tokens that come before these and are not in the sequences yet.
 
     Returns:
         One choice a row; None where the logits hold a NaN or an infinity.
@@ -57,7 +60,7 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled | No
     finite = logits.sum(dim=-1).isfinite().tolist()
     shaped = [row for row, s in enumerate(sequences) if s.shaping is not None and finite[row]]
     plain = [good and s.shaping is None for good, s in zip(finite, sequences, strict=True)]
-    positions = _positions(sequences)
+    positions = [ahead + position for position in _positions(sequences)]
     tokens = _choose(logits, sequences, positions, plain)
     if shaped:
         theirs = [sequences[row] for row in shaped]

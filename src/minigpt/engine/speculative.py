@@ -83,7 +83,8 @@ class Speculator:
             budget: Most tokens to draft in all.
 
         Returns:
-            The drafted tokens by place in `sequences`; none that could exceed `max_tokens`.
+            The drafted tokens by place in `sequences`; none that could exceed `max_tokens`. If
+            a model drafts, only their number counts: see `draft_model`.
         """
         if budget <= 0 or not self._model.has_data:
             return {}
@@ -114,6 +115,8 @@ class Speculator:
         drafting = sequence.drafting
         if count <= 0 or not drafting.allowed or sequence.shaping is not None:
             return ()
+        if self._config.method == "draft":
+            return (0,) * count  # the model says which, once it is known how many
         if drafting.ngrams is None:
             drafting.ngrams = NgramIndex(self._config.min_ngram, self._config.max_ngram)
         return drafting.ngrams.propose(sequence.token_ids, count)
