@@ -22,13 +22,13 @@ from minigpt.engine.cost_model import StepCostModel, StepWork
 from minigpt.engine.drafting import Acceptance, NgramIndex
 from minigpt.engine.sequence import Sequence
 
-_FIRST_RATE = 0.5
+_FIRST_RATE = 0.3
 """Share of drafted tokens taken to be right before any was verified."""
 _SHARED_MEMORY = 0.99
 """Weight of the past, at each verification, in what new sequences begin with."""
 _MARGIN = 1.1
 """What a drafted token must gain over what its time is worth: both are estimates."""
-_PROBE_SHARE = 0.01
+_PROBE_SHARE = 0.005
 """Share of the time that may go into drafting where it has been found to lose."""
 
 
