@@ -4,6 +4,7 @@ A random model of 124M shape (12 layers, width 768, 12 heads, FFN 2048, GPT-2's 
 429M (24 layers, width 1024, 16 heads, 8 KV heads, FFN 4096), made on the fly. At each
 concurrency that many clients each send one prompt after another (closed loop). The prefix is
 never shared and nothing is warm but the allocator: one request is answered before the clock.
+Nothing is drafted, for what random weights say soon repeats itself: see `bench.speculative`.
 
 Formulas: tokens/s = all generated tokens / wall time; TTFT = from add to the first token;
 ITL = the gaps between a sequence's tokens.
@@ -102,10 +103,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_engine(arguments: argparse.Namespace, **changes: Any) -> Engine:
+def make_engine(
+    arguments: argparse.Namespace, kind: type[Decoder] = Decoder, **changes: Any
+) -> Engine:
     config = EngineConfig.model_validate(
         {"dtype": arguments.dtype, "threads": arguments.threads,
-         "max_batched_tokens": arguments.budget, **changes}
+         "max_batched_tokens": arguments.budget, "speculative": {"method": "none"}, **changes}
     )  # fmt: skip
     machine = describe_machine()
     config = resolve_numerics(
@@ -119,7 +122,7 @@ def make_engine(arguments: argparse.Namespace, **changes: Any) -> Engine:
     config = resolve_memory(
         config, model_config, available=machine.memory_available, report=lambda line: None
     )
-    model = Decoder(model_config)
+    model = kind(model_config)
     model.init_weights(torch.Generator().manual_seed(0))
     model.to(device=config.device, dtype=getattr(torch, config.dtype)).eval()
     return Engine(model, Letters(), config)

@@ -21,8 +21,8 @@ import torch
 
 from bench.harness import environment, print_environment, print_table, write_results
 from minigpt.api.requests import Request
+from minigpt.engine.batch import Chunk
 from minigpt.engine.paged_attention import KVCache, PagedAttention
-from minigpt.engine.scheduler import Chunk
 from minigpt.engine.sequence import Sequence
 from minigpt.kernels import attention
 from minigpt.kernels.kv_layout import CacheFormat, KVLayout

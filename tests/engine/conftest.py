@@ -65,7 +65,12 @@ def make_model() -> MakeModel:
 @pytest.fixture
 def make_engine() -> MakeEngine:
     def make(
-        model: Decoder, *, num_blocks: int = 64, block_size: int = 4, **changes: object
+        model: Decoder,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        draft: Decoder | None = None,
+        **changes: object,
     ) -> Engine:
         settings: dict[str, object] = {
             "device": "cpu",
@@ -77,8 +82,9 @@ def make_engine() -> MakeEngine:
             "max_batched_tokens": 16,
         }
         config = EngineConfig.model_validate(settings | changes)
-        size = kv_bytes_per_token(config, model.config) * block_size * num_blocks
-        return Engine(model, ByteVocabulary(), config.replace(kv_cache_bytes=size))
+        shape = None if draft is None else draft.config
+        size = kv_bytes_per_token(config, model.config, shape) * block_size * num_blocks
+        return Engine(model, ByteVocabulary(), config.replace(kv_cache_bytes=size), draft=draft)
 
     return make
 

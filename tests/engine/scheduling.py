@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from minigpt.api.requests import Request, SamplingParams
+from minigpt.engine.batch import Batch
 from minigpt.engine.blocks import BlockManager
-from minigpt.engine.scheduler import Batch, Scheduler
+from minigpt.engine.scheduler import Scheduler
 from minigpt.engine.sequence import Sequence, SequenceStatus
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minigpt.api.requests import Request
+from minigpt.engine.batch import Chunk
 from minigpt.engine.blocks import BlockManager
 from minigpt.engine.native import NativeRunner, Runner, make_runner, not_covered
 from minigpt.engine.runner import ModelRunner
-from minigpt.engine.scheduler import Chunk
 from minigpt.engine.sequence import Sequence
 from minigpt.kernels import library
 from minigpt.kernels.kv_layout import CacheFormat

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minigpt.api.requests import Request
+from minigpt.engine.batch import Chunk
 from minigpt.engine.blocks import BlockManager
 from minigpt.engine.paged_attention import KVCache, PagedAttention
-from minigpt.engine.scheduler import Chunk
 from minigpt.engine.sequence import Sequence
 from minigpt.model.attention import CausalAttention
 from minigpt.model.config import ModelConfig

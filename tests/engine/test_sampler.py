@@ -155,6 +155,18 @@ def test_logprobs_are_those_of_the_model_before_temperature_and_filters() -> Non
     assert [value for _, value in choice.top] == pytest.approx(best.values.tolist(), abs=1e-6)
 
 
+def test_rows_in_succession_are_for_successive_tokens() -> None:
+    """Each is drawn as if the tokens before it were there already."""
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(1))
+    one, other = _sequence(3, seed=1), _sequence(8, index=1, seed=1)
+    found = _tokens(logits, [one, one, one, other, other, one])
+    alone = [_sequence(3 + i, seed=1) for i in range(3)]
+    alone += [_sequence(8 + i, index=1, seed=1) for i in range(2)]
+    assert found == _tokens(logits, [*alone, _sequence(3, seed=1)])
+    ahead = sample(logits[1:3], [one, one], ahead=1)
+    assert [choice.token_id for choice in ahead if choice is not None] == found[1:3]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_broken_logits_yield_no_token_and_spare_the_others(bad: float) -> None:
     logits = torch.randn(3, 10)

@@ -14,8 +14,8 @@ from tests.engine.scheduling import (
 )
 
 from minigpt.core.errors import RequestError
+from minigpt.engine.batch import Batch
 from minigpt.engine.cost_model import Pacer, StepWork
-from minigpt.engine.scheduler import Batch
 from minigpt.engine.sequence import Sequence, SequenceStatus
 
 

@@ -40,7 +40,7 @@ def test_counters_go_on_over_a_restart_and_gauges_start_anew() -> None:
     metrics.observe_stats(
         stats(
             prompt_tokens=12, generation_tokens=9, running=2, kv_blocks_used=3,
-            prefix_cache_queries=12, prefix_cache_hits=8,
+            prefix_cache_queries=12, prefix_cache_hits=8, drafted_tokens=9, accepted_tokens=6,
         ),
         new_step=True,
     )  # fmt: skip
@@ -49,6 +49,8 @@ def test_counters_go_on_over_a_restart_and_gauges_start_anew() -> None:
     assert value(metrics, "vllm:kv_cache_usage_perc") == 0.75
     assert value(metrics, "vllm:prefix_cache_queries_total") == 12
     assert value(metrics, "vllm:prefix_cache_hits_total") == 8
+    assert value(metrics, "vllm:spec_decode_num_draft_tokens_total") == 9
+    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total") == 6
     metrics.engine_stopped()
     assert value(metrics, "vllm:num_requests_running") == 0
     assert value(metrics, "minigpt:engine_up") == 0

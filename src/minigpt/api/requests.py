@@ -147,6 +147,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """Prompt tokens looked up in the prefix cache, of all answers."""
     prefix_cache_hits: int = 0
     """Those that were found, and not computed again."""
+    drafted_tokens: int = 0
+    """Tokens that were guessed and verified."""
+    accepted_tokens: int = 0
+    """Those that were right."""
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

@@ -18,7 +18,7 @@ from minigpt.core.config import Config
 from minigpt.core.errors import ModelError
 from minigpt.data.shards import TokenDataset
 from minigpt.data.tokenizer import Tokenizer
-from minigpt.engine.config import EngineConfig
+from minigpt.engine.config import EngineConfig, SpeculativeConfig
 from minigpt.engine.engine import Engine
 from minigpt.evaluate.config import EvaluateConfig
 from minigpt.evaluate.measures import resampling
@@ -116,7 +116,12 @@ def compression_report(
         MinigptError: As `evaluate` and the engine's loading.
     """
     check_free(destination)
-    engine_config = EngineConfig(dtype=config.dtype, max_num_seqs=config.speed_batch)
+    engine_config = EngineConfig(
+        dtype=config.dtype,
+        max_num_seqs=config.speed_batch,
+        # Every step then yields as many tokens.
+        speculative=SpeculativeConfig(method="none"),
+    )
     engines = [Engine.load(path, engine_config) for path in (before, after.path)]
     settled = engines[0].config
     assert settled.dtype != "auto" and settled.threads != "auto" and settled.device != "auto"

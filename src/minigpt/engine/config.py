@@ -9,6 +9,35 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from minigpt.core.config import Auto, Config
 
 
+class SpeculativeConfig(Config):
+    """Drafting tokens that are verified several at a step; answers stay the same."""
+
+    method: Literal["none", "ngram", "draft"] = "ngram"
+    """ngram looks up what followed the last tokens before; draft asks a smaller model. Both end
+    by themselves where they lose."""
+    max_draft_tokens: PositiveInt = 8
+    """Most tokens drafted for a sequence in a step."""
+    min_ngram: PositiveInt = 2
+    """Fewest last tokens that must have occurred before."""
+    max_ngram: PositiveInt = 8
+    """Most last tokens that are compared; where more agree is preferred."""
+    draft_model: str | None = None
+    """A local model with the same vocabulary, several times smaller."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_ngram < self.min_ngram:
+            raise ValueError(
+                f"max_ngram = {self.max_ngram} must be at least min_ngram = {self.min_ngram}"
+            )
+        if (self.method == "draft") != (self.draft_model is not None):
+            raise ValueError(
+                f"method = {self.method} with draft_model = {self.draft_model}: a draft_model is "
+                "given with method = draft, and only there"
+            )
+        return self
+
+
 class EngineConfig(Config):
     """Memory, batching and numerics of the engine."""
 
@@ -38,6 +67,8 @@ class EngineConfig(Config):
     what the streams alone take, at least 50."""
     prefix_cache: bool = True
     """Keep the blocks of finished sequences for those that begin with the same tokens."""
+    speculative: SpeculativeConfig = SpeculativeConfig()
+    """How tokens are drafted."""
     tenant_weights: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Shares of the engine by tenant; one that is not named has 1."""
     input_token_weight: float = Field(default=1.0, ge=0)

@@ -26,8 +26,8 @@ _SURPRISES = 3
 _INERTIA = 1e-3
 """Weight of the present estimate, which holds what no recent step tells anything about."""
 _SWEEPS = 2
-_SCALES = (1.0, 256.0, 65536.0, 16.0, 4096.0)
-"""Units of the five terms, so that all are of the order of 1."""
+_SCALES = (1.0, 256.0, 65536.0, 16.0, 4096.0, 16.0)
+"""Units of the six terms, so that all are of the order of 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +40,13 @@ class StepWork:
     decode_rows: int = 0
     decode_context: int = 0
     """Cached tokens that the decode rows read."""
+    drafted_tokens: int = 0
+    """Tokens that are verified beside the decode rows."""
 
 
 class StepCostModel:
-    """seconds = a + b prefill tokens + c prefill pairs + d decode rows + e decode context.
+    """seconds = a + b prefill tokens + c prefill pairs + d decode rows + e decode context
+    + f drafted tokens.
 
     Least squares with exponential forgetting and no coefficient below 0, solved by a few sweeps
     of coordinate descent a step, from the last solution. Attention has two terms because prefill
@@ -161,5 +164,8 @@ def prefill_pairs(start: int, length: int) -> int:
 
 
 def _terms(work: StepWork) -> tuple[float, ...]:
-    values = (1, work.prefill_tokens, work.prefill_pairs, work.decode_rows, work.decode_context)
+    values = (
+        1, work.prefill_tokens, work.prefill_pairs, work.decode_rows, work.decode_context,
+        work.drafted_tokens,
+    )  # fmt: skip
     return tuple(map(truediv, values, _SCALES))

@@ -13,24 +13,26 @@ import torch
 from minigpt.api.requests import Delta, EngineStats, Ready, Request
 from minigpt.core.clock import Clock, SystemClock
 from minigpt.core.errors import RequestError
-from minigpt.core.machine import describe_machine
-from minigpt.core.storage import is_remote
 from minigpt.data.tokenizer import Tokenizer
+from minigpt.engine import loading
+from minigpt.engine.batch import Chunk
 from minigpt.engine.blocks import BlockManager
+from minigpt.engine.choice import Sampled
 from minigpt.engine.config import EngineConfig
 from minigpt.engine.cost_model import Pacer
+from minigpt.engine.draft_model import DraftModel
 from minigpt.engine.fairness import FairQueue
 from minigpt.engine.host import environment, free_memory
-from minigpt.engine.native import make_runner, not_covered
+from minigpt.engine.native import Runner, make_runner
 from minigpt.engine.output import OutputProcessor, Vocabulary
 from minigpt.engine.prefix_cache import prefix_root
-from minigpt.engine.preflight import plan_memory
 from minigpt.engine.prompt import Observer
-from minigpt.engine.resolve import kv_bytes_per_token, resolve_memory, resolve_numerics
+from minigpt.engine.resolve import kv_bytes_per_token
 from minigpt.engine.sampler import sample
-from minigpt.engine.scheduler import Chunk, Scheduler
+from minigpt.engine.scheduler import Scheduler
 from minigpt.engine.sequence import Sequence
 from minigpt.engine.shaping import Shaping
+from minigpt.engine.speculative import Speculator, keep_right
 from minigpt.engine.structured import GrammarCompiler
 from minigpt.engine.swap import Exchange, Host
 from minigpt.engine.validate import check_request
@@ -52,6 +54,7 @@ class Engine:
             engine takes its weights: it is not to be used beside it.
         vocabulary: Turns tokens into bytes.
         config: With every "auto" settled; see `resolve`.
+        draft: The model that drafts, likewise; only with the method "draft".
         model_id: Hash of what is served.
         clock: For durations in the stats.
     """
@@ -62,6 +65,7 @@ class Engine:
         vocabulary: Vocabulary,
         config: EngineConfig,
         *,
+        draft: Decoder | None = None,
         model_id: str = "",
         clock: Clock | None = None,
     ) -> None:
@@ -73,10 +77,17 @@ class Engine:
         self._context_length = config.context_length
         self._model_config = model.config
         self._clock = clock or SystemClock()
-        per_block = kv_bytes_per_token(config, model.config) * config.block_size
+        assert (draft is None) == (config.speculative.method != "draft")
+        draft_config = None if draft is None else draft.config
+        per_block = kv_bytes_per_token(config, model.config, draft_config) * config.block_size
         blocks = BlockManager(config.kv_cache_bytes // per_block, config.block_size)
         target = config.inter_token_target_ms
         self._pacer = Pacer(None if target == "auto" else target / 1000)
+        self._speculator = (
+            None
+            if config.speculative.method == "none"
+            else Speculator(config.speculative, self._pacer.model)
+        )
         self._scheduler = Scheduler(
             blocks,
             config.max_num_seqs,
@@ -87,18 +98,18 @@ class Engine:
                 output_weight=config.output_token_weight,
             ),
             pacer=self._pacer,
+            speculator=self._speculator,
             prefix_cache=config.prefix_cache,
             priority_step_tokens=config.priority_step_tokens,
         )
-        runner = make_runner(
-            model,
-            num_blocks=blocks.num_blocks,
-            block_size=config.block_size,
-            dtype=getattr(torch, config.dtype),
-            adapters=config.adapters,
-        )
-        self._weights = HeldWeights(model_id, runner)
+        cache: dict[str, Any] = {
+            "num_blocks": blocks.num_blocks,
+            "block_size": config.block_size,
+            "dtype": getattr(torch, config.dtype),
+        }
+        self._weights = HeldWeights(model_id, make_runner(model, **cache, adapters=config.adapters))
         self._exchange = Exchange(self._weights, self._host, self.ready)
+        self._draft_model = None if draft is None else DraftModel(draft, **cache)
         ends = model.config.stop_token_ids
         eos = (model.config.eos_token_id, vocabulary.eos_token_id, *ends)
         self._eos_token_ids = tuple(dict.fromkeys(t for t in eos if t is not None))
@@ -136,30 +147,18 @@ class Engine:
             ConfigError: The KV cache can't hold one context, or no such device is there.
         """
         from minigpt.core.telemetry import get_logger
-        from minigpt.model.weights import check_vocab, load_model
 
         clock = clock or SystemClock()
         started = clock.monotonic()
-        log = get_logger("engine")
-        config = resolve_numerics(
-            config or EngineConfig(),
-            describe_machine(),
-            cuda=torch.cuda.is_available(),
-            report=log.info,
+        loaded = loading.load(path, config or EngineConfig(), get_logger("engine").info)
+        engine = cls(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.config,
+            draft=loaded.draft,
+            model_id=loaded.id,
+            clock=clock,
         )
-        assert config.threads != "auto"
-        torch.set_num_threads(config.threads)
-        if not is_remote(path):
-            plan_memory(Path(path), config, available=free_memory(config), report=lambda line: None)
-        loaded = load_model(path, dtype=config.dtype, device=config.device)
-        tokenizer = Tokenizer.load(loaded.path)
-        check_vocab(loaded.config, tokenizer.vocab_size)
-        available = free_memory(config)
-        config = resolve_memory(config, loaded.config, available=available, report=log.info)
-        reason = not_covered(loaded.model, getattr(torch, config.dtype), config.block_size)
-        reason = "adapters are torch's" if config.adapters else reason
-        log.info("runner = kernels" if reason is None else f"runner = torch: {reason}")
-        engine = cls(loaded.model, tokenizer, config, model_id=loaded.id, clock=clock)
         engine._load_seconds = clock.monotonic() - started
         return engine
 
@@ -259,8 +258,9 @@ class Engine:
         for chunk in batch.chunks:
             if chunk.sequence.queue_seconds is None:
                 chunk.sequence.queue_seconds = started - chunk.sequence.arrived_seconds
-        self._weights.runner.copy_blocks(batch.copies)
-        deltas += self._run(batch.chunks)
+        for runner in self._runners:
+            runner.copy_blocks(batch.copies)
+        deltas += self._run(self._guess(batch.chunks))
         self._steps += 1
         seconds = self._clock.monotonic() - started
         self._pacer.model.observe(batch.work, seconds)
@@ -307,6 +307,8 @@ class Engine:
             last_step_decode_tokens=decode_tokens,
             prefix_cache_queries=self._scheduler.num_prefix_queries,
             prefix_cache_hits=self._scheduler.num_prefix_hits,
+            drafted_tokens=0 if self._speculator is None else self._speculator.num_drafted,
+            accepted_tokens=0 if self._speculator is None else self._speculator.num_accepted,
         )
 
     def ready(self) -> Ready:
@@ -325,35 +327,89 @@ class Engine:
             environment=environment() | {"runner": self.runner_name},
         )
 
+    @property
+    def _runners(self) -> list[Runner]:
+        """One for each KV cache: all weights of the model share theirs."""
+        draft = self._draft_model
+        return [self._weights.runner] if draft is None else [self._weights.runner, draft.runner]
+
+    def _guess(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Let the draft model, where there is one, say what is drafted; it may fail."""
+        if self._draft_model is None:
+            return chunks
+        try:
+            return self._draft_model.fill(chunks)
+        except Exception:
+            return [chunk.with_drafts(()) for chunk in chunks]
+
     def _run(self, chunks: list[Chunk]) -> list[Delta]:
         """Run and sample; where that raises, find the culprit by running chunk by chunk."""
         try:
             logits, sequences = self._weights.run(chunks)
             choices = sample(logits, sequences)
         except Exception as error:
-            if len(chunks) == 1:
-                return [self._fail(chunks[0].sequence, f"{type(error).__name__}: {error}")]
-            return [delta for chunk in chunks for delta in self._run([chunk])]
-        self._scheduler.advance(chunks)
-        deltas = []
+            if len(chunks) > 1:
+                return [delta for chunk in chunks for delta in self._run([chunk])]
+            if chunks[0].drafted:
+                return self._run([chunks[0].with_drafts(())])
+            return [self._fail(chunks[0].sequence, f"{type(error).__name__}: {error}")]
+        return self._take_over(chunks, sequences, choices)
+
+    def _take_over(
+        self, chunks: list[Chunk], sequences: list[Sequence], choices: list[Sampled | None]
+    ) -> list[Delta]:
+        """Record what a batch computed; `choices` are row by row for `sequences`."""
+        rows: dict[int, list[Sampled | None]] = {}
         for sequence, choice in zip(sequences, choices, strict=True):
-            if choice is None:
-                deltas.append(self._fail(sequence, "the model's logits are not finite"))
+            rows.setdefault(sequence.arrival, []).append(choice)
+        deltas = []
+        for chunk in chunks:
+            its_rows = rows.get(chunk.sequence.arrival, [])
+            kept = keep_right(chunk.drafted, its_rows)
+            if chunk.drafted and None in its_rows:
+                self._compute_anew(chunk.sequence)
                 continue
-            if sequence.sampling.max_tokens:
-                delta = self._output.extend(sequence, choice)
-                self._generation_tokens += 1
-            else:
-                delta = self._output.answer_prompt(sequence)
-            if sequence.index == 0 and sequence.num_output_tokens <= 1:
-                self._prompt_tokens += sequence.num_prompt_tokens
-            if delta.finish_reason is not None:
-                self._finish(sequence)
-            deltas.append(delta)
+            right = chunk.with_drafts(chunk.drafted[: max(len(kept) - 1, 0)])
+            if self._speculator is not None and chunk.drafted:
+                self._speculator.observe(
+                    chunk.sequence, len(chunk.drafted), accepted=len(right.drafted)
+                )
+            self._scheduler.advance([right])
+            if kept:
+                deltas.append(self._extend(chunk.sequence, kept))
+            elif chunk.samples:
+                deltas.append(self._fail(chunk.sequence, "the model's logits are not finite"))
         return deltas
 
+    def _extend(self, sequence: Sequence, choices: list[Sampled]) -> Delta:
+        if sequence.sampling.max_tokens:
+            delta = self._output.extend(sequence, choices)
+            self._generation_tokens += len(delta.token_ids)
+        else:
+            delta = self._output.answer_prompt(sequence)
+        if sequence.index == 0 and sequence.num_output_tokens <= 1:
+            self._prompt_tokens += sequence.num_prompt_tokens
+        if delta.finish_reason is not None:
+            self._finish(sequence)
+        return delta
+
+    def _compute_anew(self, sequence: Sequence) -> None:
+        """Begin again without drafts, one of which may be why the logits are not finite.
+
+        Even masked its keys and values would spoil the rows before it, and later ones.
+        """
+        sequence.drafting.allowed = False
+        self._clear(sequence)
+        self._scheduler.preempt(sequence)
+
+    def _clear(self, sequence: Sequence) -> None:
+        """Take what a sequence has computed out of the caches."""
+        blocks = self._scheduler.poison(sequence)
+        for runner in self._runners:
+            runner.clear(blocks)
+
     def _fail(self, sequence: Sequence, error: str) -> Delta:
-        self._weights.runner.clear(self._scheduler.poison(sequence))
+        self._clear(sequence)
         self._finish(sequence)
         return self._output.close(sequence, "error", error)
 

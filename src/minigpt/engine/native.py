@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from minigpt.core.errors import ModelError
 from minigpt.engine.adapters import AdapterSet
+from minigpt.engine.batch import Chunk
 from minigpt.engine.packing import pack_weights
 from minigpt.engine.prompt_scores import read_prompt
 from minigpt.engine.runner import ModelRunner
-from minigpt.engine.scheduler import Chunk
 from minigpt.engine.sequence import Sequence
 from minigpt.kernels import library
 from minigpt.kernels.kv_layout import CacheFormat, KVLayout
@@ -57,7 +57,13 @@ class Runner(Protocol):
 
 
 def make_runner(
-    model: Decoder, *, num_blocks: int, block_size: int, dtype: torch.dtype, adapters: bool
+    model: Decoder,
+    *,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    adapters: bool,
+    guesses: bool = False,
 ) -> Runner:
     """Return the kernels' runner where they cover the model, else torch's.
 
@@ -68,11 +74,13 @@ def make_runner(
         block_size: Tokens in a block.
         dtype: Of activations and KV cache.
         adapters: Whether it must serve adapters, which is torch's.
+        guesses: Whether it only drafts for another model.
     """
+    cache: dict[str, Any] = {"num_blocks": num_blocks, "block_size": block_size, "dtype": dtype}
     if not adapters and not_covered(model, dtype, block_size) is None:
-        return NativeRunner(model, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
+        return NativeRunner(model, **cache, guesses=guesses)
     pack_weights(model)
-    return ModelRunner.with_cache(model, num_blocks=num_blocks, block_size=block_size, dtype=dtype)
+    return ModelRunner.with_cache(model, **cache, guesses=guesses)
 
 
 def not_covered(model: Decoder, dtype: torch.dtype, block_size: int) -> str | None:
@@ -114,6 +122,7 @@ class NativeRunner:
         dtype: Of activations, and of the cache if nothing else is asked.
         cache_format: Of the KV cache; None is the dtype.
         caches: Another runner's, to be used too; None makes them.
+        guesses: Whether it only drafts: prompts are not read.
     """
 
     name: ClassVar[str] = "kernels"
@@ -128,6 +137,7 @@ class NativeRunner:
         dtype: torch.dtype,
         cache_format: CacheFormat | None = None,
         caches: list[Tensor] | None = None,
+        guesses: bool = False,
     ) -> None:
         kernels = library.loaded()
         assert kernels is not None, "see not_covered"
@@ -138,6 +148,7 @@ class NativeRunner:
         self._block_size = block_size
         self._dtype = dtype
         self._cache_format = cache_format
+        self._guesses = guesses
         if caches is None:
             caches = [layout.allocate(num_blocks) for _ in range(config.num_layers)]
         self._caches = caches
@@ -157,6 +168,7 @@ class NativeRunner:
             dtype=self._dtype,
             cache_format=self._cache_format,
             caches=self._caches,
+            guesses=self._guesses,
         )
 
     def run(self, chunks: list[Chunk]) -> tuple[Tensor, list[Sequence]]:
@@ -170,15 +182,14 @@ class NativeRunner:
         hidden_rows: list[int] = []
         for chunk in chunks:
             sequence = chunk.sequence
-            if sequence.reader is not None:
+            if not self._guesses and sequence.reader is not None:
                 read.append(chunk)
                 hidden_rows += range(len(tokens), len(tokens) + chunk.length)
             described.append((len(tokens), chunk.length, chunk.start, len(tables)))
-            tokens += sequence.token_ids[chunk.start : chunk.stop]
+            tokens += chunk.token_ids
             tables += sequence.block_table[: -(-chunk.stop // self._block_size)]
-            if chunk.samples:
-                last_rows.append(len(tokens) - 1)
-                sampled.append(sequence)
+            last_rows += range(len(tokens) - chunk.num_logits, len(tokens))
+            sampled += [sequence] * chunk.num_logits
         logits, hidden = self._step.run(tokens, described, tables, last_rows, hidden_rows)
         for chunk in read:
             read_prompt(hidden[: chunk.length], chunk, self._step.project)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
 from minigpt.api.requests import Delta, FinishReason, TokenLogprob
@@ -32,35 +33,24 @@ class OutputProcessor:
         self._vocabulary = vocabulary
         self._eos_token_ids = eos_token_ids
 
-    def extend(self, sequence: Sequence, sampled: Sampled) -> Delta:
-        """Append a token; the delta's finish reason says whether the sequence is over."""
-        sampling = sequence.sampling
-        token = sampled.token_id
-        sequence.token_ids.append(token)
-        ends = token in sampling.stop_token_ids or (
-            token in self._eos_token_ids and not sampling.ignore_eos
-        )
-        full = sequence.num_output_tokens >= sampling.max_tokens
-        if sequence.shaping is not None and not ends:
-            sequence.shaping.observe(token)
-        complete = sequence.shaping is not None and sequence.shaping.complete
-        text = sequence.text.push(
-            b"" if ends else self._bytes(token),
-            final=ends or full or complete,
-            stops=sequence.num_output_tokens >= sampling.min_tokens,
-        )
-        reason: FinishReason | None = None
-        if ends or complete or sequence.text.stopped:
-            reason = "stop"
-        elif full:
-            reason = "length"
-        first = sequence.num_output_tokens == 1
+    def extend(self, sequence: Sequence, sampled: SequenceOf[Sampled]) -> Delta:
+        """Append tokens, at least one, up to the one that ends the sequence if any does.
+
+        The delta's finish reason says whether it is over.
+        """
+        first = sequence.num_output_tokens == 0
+        text, reason, count = "", None, 0
+        while reason is None and count < len(sampled):
+            piece, reason = self._append(sequence, sampled[count].token_id)
+            text += piece
+            count += 1
+        kept = sampled[:count]
         return Delta(
             request_id=sequence.request_id,
             index=sequence.index,
-            token_ids=[token],
+            token_ids=[choice.token_id for choice in kept],
             text=text,
-            logprobs=None if sampled.logprob is None else [self._logprob(sampled)],
+            logprobs=None if kept[0].logprob is None else [self._logprob(s) for s in kept],
             prompt_logprobs=self._prompt_logprobs(sequence) if first else None,
             finish_reason=reason,
             prompt_tokens=sequence.num_prompt_tokens,
@@ -96,6 +86,26 @@ class OutputProcessor:
             prompt_tokens=sequence.num_prompt_tokens,
             error=error,
         )
+
+    def _append(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:
+        """Append one token; returns the text that is now certain and whether this was the end."""
+        sampling = sequence.sampling
+        sequence.token_ids.append(token)
+        ends = token in sampling.stop_token_ids or (
+            token in self._eos_token_ids and not sampling.ignore_eos
+        )
+        full = sequence.num_output_tokens >= sampling.max_tokens
+        if sequence.shaping is not None and not ends:
+            sequence.shaping.observe(token)
+        complete = sequence.shaping is not None and sequence.shaping.complete
+        text = sequence.text.push(
+            b"" if ends else self._bytes(token),
+            final=ends or full or complete,
+            stops=sequence.num_output_tokens >= sampling.min_tokens,
+        )
+        if ends or complete or sequence.text.stopped:
+            return text, "stop"
+        return text, "length" if full else None
 
     def _bytes(self, token_id: int) -> bytes:
         """A model's vocabulary may be padded beyond its tokenizer's: such tokens spell nothing."""

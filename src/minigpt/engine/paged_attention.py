@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt.engine.scheduler import Chunk
+from minigpt.engine.batch import Chunk
 from minigpt.model.config import ModelConfig
 
 _GROUP_TOKENS = 2048

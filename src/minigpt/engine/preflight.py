@@ -65,18 +65,24 @@ def preflight(path: Path, config: EngineConfig, *, report: Report) -> Preflight:
 def plan_memory(path: Path, config: EngineConfig, *, available: int, report: Report) -> Preflight:
     """As `preflight`, for a config with numerics settled and `available` bytes on the device."""
     model = read_model_config(path)
-    headers = read_headers(weight_files(path))
-    weights = weight_bytes(headers, config, model)
+    weights = weight_bytes(read_headers(weight_files(path)), config, model)
+    draft = None
+    if config.speculative.draft_model is not None:
+        draft_path = Path(config.speculative.draft_model)
+        draft = read_model_config(draft_path)
+        weights += weight_bytes(read_headers(weight_files(draft_path)), config, draft)
     if weights > available:
         raise ModelError(
             f"{path} takes {weights} bytes of weights in {config.dtype}, {available} are free: "
             f"short by {weights - available} bytes",
             remedy="free memory, quantize the model or use a larger machine",
         )
-    config = resolve_memory(config, model, available=available - weights, report=report)
+    config = resolve_memory(
+        config, model, available=available - weights, report=report, draft=draft
+    )
     assert config.kv_cache_bytes != "auto"
     assert config.context_length != "auto"
-    per_token = kv_bytes_per_token(config, model)
+    per_token = kv_bytes_per_token(config, model, draft)
     return Preflight(
         device=config.device,
         dtype=config.dtype,

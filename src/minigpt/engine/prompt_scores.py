@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minigpt.engine.batch import Chunk
 from minigpt.engine.choice import Sampled
-from minigpt.engine.scheduler import Chunk
 
 _ROWS = 32
 """Positions whose logits exist at once: 6 MB in float32 at a vocabulary of 50,000."""

@@ -45,7 +45,12 @@ def resolve_numerics(
 
 
 def resolve_memory(
-    config: EngineConfig, model: ModelConfig, *, available: int, report: Report
+    config: EngineConfig,
+    model: ModelConfig,
+    *,
+    available: int,
+    report: Report,
+    draft: ModelConfig | None = None,
 ) -> EngineConfig:
     """Settle the context length and the KV cache's size.
 
@@ -54,6 +59,7 @@ def resolve_memory(
         model: The architecture to be served.
         available: Free bytes on the device once the weights are loaded.
         report: Where the derivation goes.
+        draft: The drafting model's architecture: its cache has the same blocks.
 
     Raises:
         ConfigError: The context is longer than the model's, or the cache can't hold one full
@@ -62,12 +68,24 @@ def resolve_memory(
     context_length = (
         model.context_length if config.context_length == "auto" else config.context_length
     )
+    if draft is not None and draft.vocab_size != model.vocab_size:
+        raise ConfigError(
+            f"draft_model: its vocabulary has {draft.vocab_size} tokens, the model's "
+            f"{model.vocab_size}",
+            remedy="draft with a model of the same tokenizer",
+        )
+    if draft is not None and draft.context_length < context_length:
+        raise ConfigError(
+            f"draft_model: its context is {draft.context_length} tokens, the engine's "
+            f"{context_length}",
+            remedy=f"set context_length={draft.context_length} or draft with another model",
+        )
     if context_length > model.context_length:
         raise ConfigError(
             f"context_length = {context_length}: the model's is {model.context_length}",
             remedy="lower context_length",
         )
-    per_token = kv_bytes_per_token(config, model)
+    per_token = kv_bytes_per_token(config, model, draft)
     per_block = per_token * config.block_size
     one_context = -(-context_length // config.block_size) * per_block
     if config.kv_cache_bytes == "auto":
@@ -96,8 +114,14 @@ def resolve_memory(
     return config.replace(context_length=context_length, kv_cache_bytes=size)
 
 
-def kv_bytes_per_token(config: EngineConfig, model: ModelConfig) -> int:
-    """Return the bytes that one token's keys and values take over all layers."""
+def kv_bytes_per_token(
+    config: EngineConfig, model: ModelConfig, draft: ModelConfig | None = None
+) -> int:
+    """Return the bytes that one token's keys and values take over all layers, of both models."""
     assert config.dtype != "auto"
-    width = model.num_kv_heads * model.head_dim
-    return 2 * model.num_layers * width * DTYPE_BYTES[config.dtype]
+    values = sum(
+        2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+        for shape in (model, draft)
+        if shape is not None
+    )
+    return values * DTYPE_BYTES[config.dtype]

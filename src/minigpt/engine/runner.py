@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from minigpt.engine.adapters import AdapterSet
+from minigpt.engine.batch import Chunk
 from minigpt.engine.packing import pack_weights
 from minigpt.engine.paged_attention import KVCache, PagedAttention
 from minigpt.engine.prompt_scores import read_prompt
-from minigpt.engine.scheduler import Chunk
 from minigpt.engine.sequence import Sequence
 from minigpt.model.decoder import Decoder
 
@@ -22,12 +22,14 @@ class ModelRunner:
     Args:
         model: In eval mode, on its device.
         cache: Of the shape of the model's keys and values; other runners may use it too.
+        guesses: Whether it only drafts: prompts are not read and adapters are left out.
     """
 
     name: ClassVar[str] = "torch"
 
-    def __init__(self, model: Decoder, cache: KVCache) -> None:
+    def __init__(self, model: Decoder, cache: KVCache, *, guesses: bool = False) -> None:
         self._model = model
+        self._guesses = guesses
         self._device = next(iter(model.state_dict().values())).device
         self._cache = cache
         self.adapters = AdapterSet(model, cache.dtype)
@@ -35,7 +37,13 @@ class ModelRunner:
 
     @classmethod
     def with_cache(
-        cls, model: Decoder, *, num_blocks: int, block_size: int, dtype: torch.dtype
+        cls,
+        model: Decoder,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        guesses: bool = False,
     ) -> ModelRunner:
         """Make a runner and its KV cache.
 
@@ -44,17 +52,18 @@ class ModelRunner:
             num_blocks: Blocks of the KV cache.
             block_size: Tokens in a block.
             dtype: Of the KV cache: that of the model's activations.
+            guesses: As in the class.
         """
         device = next(iter(model.state_dict().values())).device
         cache = KVCache(
             model.config, num_blocks=num_blocks, block_size=block_size, dtype=dtype, device=device
         )
-        return cls(model, cache)
+        return cls(model, cache, guesses=guesses)
 
     def with_model(self, model: Decoder) -> ModelRunner:
         """Return a runner of other weights over the same cache; they are packed in place."""
         pack_weights(model)
-        return ModelRunner(model, self._cache)
+        return ModelRunner(model, self._cache, guesses=self._guesses)
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> tuple[Tensor, list[Sequence]]:
@@ -66,7 +75,8 @@ class ModelRunner:
             chunks: At least one; blocks for all of them are in the block tables.
 
         Returns:
-            (S, V) float32 logits and the S sequences to sample for, row by row.
+            (S, V) float32 logits and the S sequences to sample for, row by row: each chunk's
+            sequence as often, in succession, as it has `num_logits`.
         """
         # Decode first, by length, so that sequences of like length gather together.
         ordered = sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.stop))
@@ -78,16 +88,15 @@ class ModelRunner:
         read: list[tuple[int, Chunk]] = []
         adapted: dict[str, list[int]] = {}
         for chunk in ordered:
-            if chunk.sequence.reader is not None:
+            if not self._guesses and chunk.sequence.reader is not None:
                 read.append((len(tokens), chunk))
-            if (adapter := chunk.sequence.adapter) is not None:
+            if not self._guesses and (adapter := chunk.sequence.adapter) is not None:
                 rows = range(len(tokens), len(tokens) + chunk.length)
                 adapted.setdefault(adapter, []).extend(rows)
-            tokens += chunk.sequence.token_ids[chunk.start : chunk.stop]
+            tokens += chunk.token_ids
             positions += range(chunk.start, chunk.stop)
-            if chunk.samples:
-                last_rows.append(len(tokens) - 1)
-                sampled.append(chunk.sequence)
+            last_rows += range(len(tokens) - chunk.num_logits, len(tokens))
+            sampled += [chunk.sequence] * chunk.num_logits
         self.adapters.use(adapted)
         hidden = self._model(self._tensor(tokens)[None], self._tensor(positions)[None], attention)
         for row, chunk in read:

@@ -41,12 +41,16 @@ def uniform(seed: int, index: int, position: int) -> float:
     return (int.from_bytes(digest.digest(), "little") >> 11) / (1 << 53)
 
 
-def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled | None]:
+def sample(
+    logits: Tensor, sequences: SequenceOf[Sequence], *, ahead: int = 0
+) -> list[Sampled | None]:
     """Choose the next token of each sequence.
 
     Args:
         logits: (B, V) float32, row i for `sequences[i]`.
-        sequences: Whose sampling parameters, seed and position apply.
+        sequences: Whose sampling parameters, seed and position apply. Rows in succession of one
+            sequence, which has no shaping, are for its next token, the one after it, and so on.
+        ahead: Tokens that come before these and are not in the sequences yet.
 
     Returns:
         One choice a row; None where the logits hold a NaN or an infinity.
@@ -56,12 +60,14 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled | No
     finite = logits.sum(dim=-1).isfinite().tolist()
     shaped = [row for row, s in enumerate(sequences) if s.shaping is not None and finite[row]]
     plain = [good and s.shaping is None for good, s in zip(finite, sequences, strict=True)]
-    tokens = _choose(logits, sequences, plain)
+    positions = [ahead + position for position in _positions(sequences)]
+    tokens = _choose(logits, sequences, positions, plain)
     if shaped:
         theirs = [sequences[row] for row in shaped]
         copies = logits[shaped]
         shape(copies, theirs)
-        tokens[shaped] = _choose(copies, theirs, [True] * len(shaped))
+        their_positions = [positions[row] for row in shaped]
+        tokens[shaped] = _choose(copies, theirs, their_positions, [True] * len(shaped))
     sampled: list[Sampled | None] = [
         Sampled(token) if good else None
         for token, good in zip(tokens.tolist(), finite, strict=True)
@@ -70,7 +76,21 @@ def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sampled | No
     return sampled
 
 
-def _choose(logits: Tensor, sequences: SequenceOf[Sequence], usable: SequenceOf[bool]) -> Tensor:
+def _positions(sequences: SequenceOf[Sequence]) -> list[int]:
+    """Return how many tokens each row's sequence has generated before that row's."""
+    positions: list[int] = []
+    for row, sequence in enumerate(sequences):
+        follows = row > 0 and sequence is sequences[row - 1]
+        positions.append(positions[-1] + 1 if follows else sequence.num_output_tokens)
+    return positions
+
+
+def _choose(
+    logits: Tensor,
+    sequences: SequenceOf[Sequence],
+    positions: SequenceOf[int],
+    usable: SequenceOf[bool],
+) -> Tensor:
     """Return a token a row, the likeliest or a drawn one; of rows not usable 0."""
     greedy: list[int] = []
     drawn: list[int] = []
@@ -81,7 +101,8 @@ def _choose(logits: Tensor, sequences: SequenceOf[Sequence], usable: SequenceOf[
     if greedy:
         tokens[greedy] = _rows(logits, greedy).argmax(dim=-1)
     if drawn:
-        tokens[drawn] = _draw(_rows(logits, drawn), [sequences[row] for row in drawn])
+        theirs = [(sequences[row], positions[row]) for row in drawn]
+        tokens[drawn] = _draw(_rows(logits, drawn), theirs)
     return tokens
 
 
@@ -90,15 +111,16 @@ def _rows(logits: Tensor, rows: list[int]) -> Tensor:
     return logits if len(rows) == len(logits) else logits[rows]
 
 
-def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
-    """Sample a token a row; `logits` stays as it is."""
+def _draw(logits: Tensor, places: SequenceOf[tuple[Sequence, int]]) -> Tensor:
+    """Sample a token a row, for (sequence, position); `logits` stays as it is."""
+    sequences = [sequence for sequence, _ in places]
     temperatures = [s.sampling.temperature for s in sequences]
     logits = logits / logits.new_tensor(temperatures).unsqueeze(-1)
     _keep_min_p(logits, [s.sampling.min_p for s in sequences])
     _keep_top_k(logits, [s.sampling.top_k for s in sequences])
     probabilities = logits.softmax(dim=-1)
     _keep_top_p(probabilities, [s.sampling.top_p for s in sequences])
-    draws = [uniform(s.seed, s.index, s.num_output_tokens) for s in sequences]
+    draws = [uniform(s.seed, s.index, position) for s, position in places]
     uniforms = torch.tensor(draws, dtype=torch.float64, device=logits.device)
     return _invert(probabilities, uniforms.unsqueeze(-1))
 

@@ -5,6 +5,8 @@ Rules, in this order, for each step:
 2. What is left of the budget, as far as the running streams' inter-token target bears it
    (`cost_model`), goes to prefill: running prefills and those who wait (`fairness`), the more
    urgent first; who waits is admitted while sequences, budget and blocks last.
+3. What is left then goes to drafted tokens (`speculative`), as far as they are worth their time
+   and blocks are free that nobody else is about to need.
 
 A sequence takes the blocks of all its known tokens when admitted, those that the prefix cache
 holds shared, and one more whenever decode fills the last. If none is free the least urgent
@@ -27,68 +29,17 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
 
 from minigpt.core.errors import RequestError
+from minigpt.engine.batch import Batch, Chunk
 from minigpt.engine.blocks import BlockManager
-from minigpt.engine.cost_model import Pacer, StepWork, prefill_pairs
+from minigpt.engine.cost_model import Pacer
 from minigpt.engine.fairness import FairQueue
 from minigpt.engine.prefix_cache import extend_hashes
 from minigpt.engine.sequence import Sequence, SequenceStatus
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens start .. start + length - 1 of one sequence."""
-
-    sequence: Sequence
-    start: int
-    length: int
-    samples: bool
-    """Whether these are its last known tokens, so that the next one is sampled."""
-
-    @property
-    def stop(self) -> int:
-        """One past the last token."""
-        return self.start + self.length
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether this computes the newest generated token alone."""
-        return self.length == 1 and self.samples and self.start >= self.sequence.num_prompt_tokens
-
-
-@dataclass(slots=True)
-class Batch:
-    """One step's work."""
-
-    chunks: list[Chunk] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    """Blocks to copy before anything is computed, (source, destination), in this order."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens to compute."""
-        return sum(chunk.length for chunk in self.chunks)
-
-    @property
-    def num_decode_tokens(self) -> int:
-        """Tokens of running streams, each of which yields the next one."""
-        return sum(chunk.is_decode for chunk in self.chunks)
-
-    @property
-    def work(self) -> StepWork:
-        """What the time that this takes depends on."""
-        decode = [chunk for chunk in self.chunks if chunk.is_decode]
-        prefill = [chunk for chunk in self.chunks if not chunk.is_decode]
-        return StepWork(
-            prefill_tokens=sum(chunk.length for chunk in prefill),
-            prefill_pairs=sum(prefill_pairs(chunk.start, chunk.length) for chunk in prefill),
-            decode_rows=len(decode),
-            decode_context=sum(chunk.stop for chunk in decode),
-        )
+from minigpt.engine.speculative import Speculator
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +62,7 @@ class Scheduler:
         max_batched_tokens: Token budget of a step, at least `max_num_seqs`.
         queue: Who waits; None treats all tenants alike.
         pacer: Bounds prefill beside running streams; whoever measures steps tells its model.
+        speculator: Drafts tokens; None drafts none.
         prefix_cache: Whether finished blocks are kept for sequences with the same beginning.
         priority_step_tokens: Tokens computed by the engine that weigh as much as a priority.
     """
@@ -123,6 +75,7 @@ class Scheduler:
         *,
         queue: FairQueue | None = None,
         pacer: Pacer | None = None,
+        speculator: Speculator | None = None,
         prefix_cache: bool = True,
         priority_step_tokens: int = 100_000,
     ) -> None:
@@ -137,6 +90,7 @@ class Scheduler:
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
         self._pacer = Pacer() if pacer is None else pacer
+        self._speculator = speculator
         self._prefix_cache = prefix_cache
         self._priority_step_tokens = priority_step_tokens
         self._num_computed_tokens = 0
@@ -179,22 +133,17 @@ class Scheduler:
         """
         batch = Batch()
         budget = self.max_batched_tokens - self._schedule_decode(batch)
-        prefills = deque(sequence for sequence in self.running if sequence.num_remaining > 1)
-        if not prefills and not self.queue:
-            return batch
-        pace = self._pacer.begin(batch.work)
-        while budget and not pace.is_spent:
-            sequence = self._admit(batch, prefills[0] if prefills else None)
-            if sequence is None:
-                if not prefills:
-                    break
-                sequence = prefills.popleft()
-            limit = min(budget, sequence.num_remaining)
-            budget -= self._add_chunk(batch, sequence, pace.take(sequence.num_computed, limit))
+        budget -= self._schedule_prefill(batch, budget)
+        if self._speculator is not None:
+            self._draft(batch, self._speculator, budget)
         return batch
 
     def advance(self, chunks: Iterable[Chunk]) -> None:
-        """Record that the tokens of a batch's chunks are in the cache."""
+        """Record that the tokens of a batch's chunks are in the cache.
+
+        Args:
+            chunks: Of drafted tokens they have only those left that were right.
+        """
         block_size = self.blocks.block_size
         for chunk in chunks:
             sequence = chunk.sequence
@@ -202,10 +151,14 @@ class Scheduler:
             sequence.num_computed = chunk.stop
             self._num_computed_tokens += chunk.length
             if chunk.samples:
-                self.queue.charge(sequence.tenant, output_tokens=1)
+                self.queue.charge(sequence.tenant, output_tokens=chunk.num_logits)
+                # What refused drafts took, but for the block that the next token goes to.
+                needed = self.blocks.blocks_for(chunk.stop + 1)
+                self.blocks.release(sequence.block_table[needed:])
+                del sequence.block_table[needed:]
             filled = range(chunk.start // block_size, chunk.stop // block_size)
             if self._prefix_cache and filled:
-                self._hash(sequence)
+                self._hash(sequence, chunk.drafted)
                 for index in filled:
                     self.blocks.cache(sequence.block_table[index], sequence.block_hashes[index])
 
@@ -249,6 +202,14 @@ class Scheduler:
         self.queue.check(self.running)
         self.blocks.check(sequence.block_table for sequence in self.running)
 
+    def preempt(self, sequence: Sequence) -> None:
+        """Let a running sequence wait, to be computed anew."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.status = SequenceStatus.WAITING
+        self.queue.push(sequence)
+        self.num_preemptions += 1
+
     def _schedule_decode(self, batch: Batch) -> int:
         scheduled = 0
         for sequence in tuple(self.running):
@@ -259,24 +220,50 @@ class Scheduler:
                 scheduled += self._add_chunk(batch, sequence, 1)
         return scheduled
 
+    def _schedule_prefill(self, batch: Batch, budget: int) -> int:
+        prefills = deque(sequence for sequence in self.running if sequence.num_remaining > 1)
+        if not prefills and not self.queue:
+            return 0
+        scheduled = 0
+        pace = self._pacer.begin(batch.work)
+        while scheduled < budget and not pace.is_spent:
+            sequence = self._admit(batch, prefills[0] if prefills else None)
+            if sequence is None:
+                if not prefills:
+                    break
+                sequence = prefills.popleft()
+            limit = min(budget - scheduled, sequence.num_remaining)
+            taken = pace.take(sequence.num_computed, limit)
+            scheduled += self._add_chunk(batch, sequence, taken)
+        return scheduled
+
+    def _draft(self, batch: Batch, speculator: Speculator, budget: int) -> None:
+        """Add drafted tokens to decode chunks, which are the first ones."""
+        decode = list(takewhile(lambda chunk: chunk.is_decode, batch.chunks))
+        if not decode:
+            return
+        sequences = [chunk.sequence for chunk in decode]
+        for row, drafted in speculator.choose(sequences, batch.work, budget).items():
+            table = sequences[row].block_table
+            # One block in reserve for each running sequence, as when one is admitted.
+            spare = max(0, self.blocks.num_free - len(self.running))
+            room = (len(table) + spare) * self.blocks.block_size - sequences[row].num_tokens
+            chunk = decode[row].with_drafts(drafted[:room])
+            missing = self.blocks.blocks_for(chunk.stop) - len(table)
+            table += self.blocks.allocate(max(missing, 0))
+            batch.chunks[row] = chunk
+
     def _grow(self, sequence: Sequence, batch: Batch) -> bool:
         """Give a sequence the block for its next token; False if it was preempted itself."""
         missing = self.blocks.blocks_for(sequence.num_tokens) - len(sequence.block_table)
         while missing > self.blocks.num_free:
             last = self.running[-1]
-            self._preempt(last)
+            self.preempt(last)
             batch.preempted.append(last)
             if last is sequence:
                 return False
         sequence.block_table += self.blocks.allocate(max(missing, 0))
         return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._release(sequence)
-        sequence.status = SequenceStatus.WAITING
-        self.queue.push(sequence)
-        self.num_preemptions += 1
 
     def _admit(self, batch: Batch, prefill: Sequence | None) -> Sequence | None:
         """Admit the next waiting sequence, unless `prefill` is more urgent or it does not fit."""
@@ -354,11 +341,12 @@ class Scheduler:
             for digest in sequence.block_hashes[sequence.num_computed // block_size :]
         }
 
-    def _hash(self, sequence: Sequence) -> None:
+    def _hash(self, sequence: Sequence, accepted: tuple[int, ...] = ()) -> None:
+        """Bring the digests up to date; `accepted` follow the known tokens."""
         extend_hashes(
             sequence.block_hashes,
             sequence.prefix_root,
-            sequence.token_ids,
+            [*sequence.token_ids, *accepted] if accepted else sequence.token_ids,
             self.blocks.block_size,
         )
 

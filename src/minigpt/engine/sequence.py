@@ -7,6 +7,7 @@ from enum import Enum
 
 from minigpt.api.requests import FinishReason, Request, SamplingParams
 from minigpt.engine.detokenizer import TextStream
+from minigpt.engine.drafting import Drafting
 from minigpt.engine.prompt import PromptReader
 from minigpt.engine.shaping import Shaping
 
@@ -66,6 +67,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     shaping: Shaping | None = None
     """Bias, penalties and masks; None where there are none."""
+    drafting: Drafting = field(default_factory=Drafting)
     reader: PromptReader | None = None
     """What is wanted of every position of the prompt; None where nothing is. With one, no
     position may be taken from a cache: each must be computed."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from minigpt.core.errors import ModelError, RequestError
+from minigpt.engine.batch import Chunk
 from minigpt.engine.native import Runner
-from minigpt.engine.scheduler import Chunk
 from minigpt.engine.sequence import Sequence
 from minigpt.model.lora import Adapter
 

@@ -80,6 +80,12 @@ class ServeMetrics:
         self._prefix_hits = self._counter(
             "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache."
         )
+        self._drafted = self._counter(
+            "vllm:spec_decode_num_draft_tokens", "Tokens drafted and verified."
+        )
+        self._accepted = self._counter(
+            "vllm:spec_decode_num_accepted_tokens", "Drafted tokens that were right."
+        )
         self._step_tokens = self._histogram(
             "vllm:iteration_tokens_total", "Tokens computed in a step.", _TOKENS
         )
@@ -149,6 +155,8 @@ class ServeMetrics:
         self._preemptions.inc(stats.preemptions - self._last.preemptions)
         self._prefix_queries.inc(stats.prefix_cache_queries - self._last.prefix_cache_queries)
         self._prefix_hits.inc(stats.prefix_cache_hits - self._last.prefix_cache_hits)
+        self._drafted.inc(stats.drafted_tokens - self._last.drafted_tokens)
+        self._accepted.inc(stats.accepted_tokens - self._last.accepted_tokens)
         self._last = stats
         if new_step:
             self._step_tokens.observe(
