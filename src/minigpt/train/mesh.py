@@ -148,7 +148,13 @@ def open_mesh(
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timeout)
+    joined = dist.rendezvous("env://", timeout=timeout)  # type: ignore[attr-defined]
+    store, rank, size = next(joined)
+    # torchrun keeps one store over its restarts (torch 2.13): without a prefix of its own an
+    # attempt may find the addresses of dead ranks there, and wait for them for good.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield Mesh(config, device_type)
     finally:
