@@ -94,8 +94,8 @@ def test_the_shortfall_is_exact(tiny_model: Path) -> None:
 def test_the_engine_refuses_before_it_loads(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minigpt.engine.engine.free_memory", lambda config: 1000)
-    monkeypatch.setattr("minigpt.model.weights.load_model", None)
+    monkeypatch.setattr("minigpt.engine.loading.free_memory", lambda config: 1000)
+    monkeypatch.setattr("minigpt.engine.loading.load_model", None)
     with pytest.raises(ModelError, match="1000 are free"):
         Engine.load(tiny_model, _config())
 

@@ -28,7 +28,7 @@ def compare_decode_speed(
         engines: What to compare; idle.
         prompt: Token ids that fit every engine's vocabulary.
         repeats: Timings of each engine.
-        tokens: Tokens a sequence generates, at least 2.
+        tokens: Tokens a sequence generates, at least 4: they start up to two steps apart.
         batch: Sequences at once.
         clock: For durations.
 
@@ -59,8 +59,9 @@ def _decode_once(
         engine.step()
         elapsed = clock.monotonic() - started
         stats = engine.stats()
-        if stats.last_step_prefill_tokens == 0:
+        # Sequences start one step apart: only steps of the whole batch tell its speed.
+        if stats.last_step_prefill_tokens == 0 and stats.last_step_decode_tokens == batch:
             seconds += elapsed
-            decoded += stats.last_step_decode_tokens
+            decoded += batch
     assert decoded > 0 and seconds > 0, (decoded, seconds)
     return decoded / seconds
