@@ -25,7 +25,7 @@ class CompressConfig(Config):
     """Two-sided coverage of that interval."""
     speed_repeats: int = Field(default=5, ge=2)
     """Timings of each model, taken in turns so that both meet the same machine."""
-    speed_tokens: int = Field(default=64, ge=2)
+    speed_tokens: int = Field(default=64, ge=4)
     """Tokens generated in a timing; the context limits them too."""
     speed_batch: int = Field(default=1, ge=1)
     """Sequences generated at once in a timing."""
