@@ -80,7 +80,7 @@ def test_compress_reports_what_it_measured(
 ) -> None:
     code, found, _ = minigpt(
         capsys, "compress", tiny_model, "--data", tiny_dataset, "--out", tmp_path / "int8",
-        "--json", "--set", "speed_tokens=3", "--set", "speed_repeats=2",
+        "--json", "--set", "speed_tokens=4", "--set", "speed_repeats=2",
         "--set", "max_documents=4", *FAST,
     )  # fmt: skip
     assert code == 0
