@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from bench.harness import environment, print_environment, print_table, write_results
+from bench.serving.models import SHAPES
 from minigpt.api.requests import Request, SamplingParams
 from minigpt.core.machine import describe_machine
 from minigpt.engine.config import EngineConfig
@@ -31,17 +32,6 @@ from minigpt.engine.engine import Engine
 from minigpt.engine.resolve import resolve_memory, resolve_numerics
 from minigpt.model.config import ModelConfig
 from minigpt.model.decoder import Decoder
-
-SHAPES: dict[str, dict[str, int]] = {
-    "124M": {
-        "num_layers": 12, "hidden_size": 768, "num_heads": 12, "num_kv_heads": 12,
-        "head_dim": 64, "intermediate_size": 2048,
-    },
-    "429M": {
-        "num_layers": 24, "hidden_size": 1024, "num_heads": 16, "num_kv_heads": 8,
-        "head_dim": 64, "intermediate_size": 4096,
-    },
-}  # fmt: skip
 
 
 class Letters:

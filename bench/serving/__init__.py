@@ -1,0 +1,1 @@
+"""Serving, over HTTP, against the engines that a user would otherwise run; see `__main__`."""
