@@ -21,8 +21,9 @@ import statistics
 import time
 from typing import Any
 
-from bench.engine_throughput import SHAPES, make_engine
+from bench.engine_throughput import make_engine
 from bench.harness import environment, print_environment, print_table, write_results
+from bench.serving.models import SHAPES
 from minigpt.api.requests import Request, SamplingParams
 from minigpt.engine.blocks import BlockManager
 from minigpt.engine.engine import Engine

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.engine_throughput import SHAPES, make_engine
+from bench.engine_throughput import make_engine
 from bench.harness import environment, print_environment, print_table, write_results
+from bench.serving.models import SHAPES
 from minigpt.api.requests import Request, SamplingParams
 from minigpt.engine.engine import Engine
 from minigpt.engine.runner import ModelRunner

@@ -41,8 +41,9 @@ class Server:
 
 
 def minigpt(model: Path, cores: int, *settings: str, name: str = MINIGPT) -> Server:
-    """Return our own server, as a user starts it."""
+    """Return our own server, but without drafts: random weights soon repeat themselves."""
     command = [sys.executable, "-m", "minigpt", "serve", str(model), "--port", "{port}"]
+    command += ["--set", "engine.speculative.method=none"]
     for setting in settings:
         command += ["--set", setting]
     return Server(name, command, model.name, {"ignore_eos": True})
