@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 
 from minigpt.cli.output import JsonOption, emit
-from minigpt.core.artifact import is_artifact
+from minigpt.core.artifact import is_artifact, open_artifact
 from minigpt.core.errors import ConfigError, GateError, MinigptError
 
 app = typer.Typer()
@@ -107,8 +107,10 @@ class Loop:
         """Register the judged model once and make it champion."""
         versions = self._minigpt("models", "list", self.name, "--json", capture=True, check=False)
         target = self._path("int8")
+        # By what it is, not by where: another model may have been registered from this place.
+        made = open_artifact(target, kind="model", verify=False).id
         known = versions and any(
-            version["uri"] == target for version in json_module.loads(versions)["versions"]
+            version["id"] == made for version in json_module.loads(versions)["versions"]
         )
         if not known:
             self._stage(
