@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from tests.kernels.conftest import level as level
+from tests.kernels.conftest import threads as threads
 
 from minigpt.api.requests import Delta, Request
 from minigpt.engine.config import EngineConfig

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -108,25 +107,6 @@ def compute(runner: Runner, prompts: list[list[int]], sizes: list[int]) -> Logit
 def greatest_difference(ours: Logits, theirs: Logits) -> float:
     assert ours.keys() == theirs.keys()
     return max(float((ours[key] - theirs[key]).abs().max()) for key in ours)
-
-
-@pytest.fixture(params=library.LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    kernels = library.loaded()
-    assert kernels is not None
-    if request.param not in kernels.levels:
-        pytest.skip(f"level {request.param} does not run here")
-    before = kernels.level
-    kernels.use_level(request.param)
-    yield request.param
-    kernels.use_level(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.train.rank_processes import launch
+from tests.train.runs import dying_clock
 
 from minigpt.core.artifact import Artifact, open_artifact
-from minigpt.core.clock import SystemClock
 from minigpt.core.config import from_mapping
 from minigpt.core.errors import ArtifactError, ConfigError, ModelError
 from minigpt.data.shards import TokenDataset
@@ -56,18 +56,6 @@ def make_tuning(make_config: ConfigFactory, tiny_model: Path) -> ConfigFactory:
     return make
 
 
-class Aborting(SystemClock):
-    """Ends the process's run, without a save, once `steps` are logged."""
-
-    def __init__(self, run_dir: Path, steps: int) -> None:
-        self._path, self._steps = run_dir / "metrics.jsonl", steps
-
-    def monotonic(self) -> float:
-        if self._path.exists() and self._path.read_text().count('"train"') >= self._steps:
-            raise KeyboardInterrupt
-        return super().monotonic()
-
-
 def exact(run_dir: Path) -> dict[str, Any]:
     final = read_final(run_dir)
     lines = list(read_metrics(run_dir / "metrics.jsonl"))
@@ -83,7 +71,7 @@ def broken_twice(config: TrainConfig, dataset: Artifact, run_dir: Path) -> None:
     """Run to the end, having died within step 5 and within step 8."""
     for steps in (4, 7):
         with pytest.raises(KeyboardInterrupt):
-            train(config, dataset, run_dir, clock=Aborting(run_dir, steps))
+            train(config, dataset, run_dir, clock=dying_clock(run_dir, steps))
     train(config, dataset, run_dir)
 
 

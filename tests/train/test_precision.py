@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.train.runs import dying_clock
 from torch import nn
 
 from minigpt.core.artifact import open_artifact
-from minigpt.core.clock import SystemClock
 from minigpt.core.config import from_mapping
 from minigpt.core.errors import ConfigError
 from minigpt.model.decoder import Decoder
@@ -110,18 +110,6 @@ def test_a_nan_that_no_scale_mends_is_reported(small_decoder: Decoder) -> None:
         _float16_step(model).run([make_batch(model.config, 0)], 1.0)
 
 
-class _Dying(SystemClock):
-    """Interrupts the run within the step after `steps` are logged."""
-
-    def __init__(self, run_dir: Path, steps: int) -> None:
-        self._path, self._steps = run_dir / "metrics.jsonl", steps
-
-    def monotonic(self) -> float:
-        if self._path.exists() and self._path.read_text().count('"train"') >= self._steps:
-            raise KeyboardInterrupt
-        return super().monotonic()
-
-
 def test_a_float16_run_resumes_to_the_bit_with_its_loss_scale(
     make_config: Callable[..., TrainConfig],
     tiny_dataset: Path,
@@ -140,7 +128,7 @@ def test_a_float16_run_resumes_to_the_bit_with_its_loss_scale(
     dataset = open_artifact(tiny_dataset)
     train(config, dataset, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train(config, dataset, tmp_path / "broken", clock=_Dying(tmp_path / "broken", 3))
+        train(config, dataset, tmp_path / "broken", clock=dying_clock(tmp_path / "broken", 3))
     saved = tmp_path / "broken/checkpoints/step-00000002/state.json"
     assert json.loads(saved.read_bytes())["state"]["loss_scale"] == {"scale": 2.0**16, "steps": 2}
     train(config, dataset, tmp_path / "broken")

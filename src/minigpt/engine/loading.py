@@ -66,7 +66,7 @@ def load(path: str | Path, config: EngineConfig, report: Report) -> Loaded:
         report=report,
         draft=None if draft is None else draft.config,
     )
-    reason = not_covered(loaded.model, getattr(torch, config.dtype), config.block_size)
-    reason = "adapters are torch's" if config.adapters else reason
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    reason = not_covered(loaded.model, dtype, config.block_size, adapters=config.adapters)
     report("runner = kernels" if reason is None else f"runner = torch: {reason}")
     return Loaded(loaded.model, draft, tokenizer, config, loaded.id)

@@ -77,14 +77,18 @@ def make_runner(
         guesses: Whether it only drafts for another model.
     """
     cache: dict[str, Any] = {"num_blocks": num_blocks, "block_size": block_size, "dtype": dtype}
-    if not adapters and not_covered(model, dtype, block_size) is None:
+    if not_covered(model, dtype, block_size, adapters=adapters) is None:
         return NativeRunner(model, **cache, guesses=guesses)
     pack_weights(model)
     return ModelRunner.with_cache(model, **cache, guesses=guesses)
 
 
-def not_covered(model: Decoder, dtype: torch.dtype, block_size: int) -> str | None:
+def not_covered(
+    model: Decoder, dtype: torch.dtype, block_size: int, *, adapters: bool = False
+) -> str | None:
     """Say why the kernels cannot run a model, or return None if they can."""
+    if adapters:
+        return "adapters are torch's"
     kernels = library.find()
     if isinstance(kernels, library.Absence):
         return kernels.reason

@@ -5,18 +5,15 @@ A parity report artifact holds `parity.json`, a `ParityReport`.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minigpt.core.artifact import Artifact
-from minigpt.core.config import Config, from_mapping
-from minigpt.core.errors import ArtifactError
-from minigpt.evaluate.report import Measured, Subject
+from minigpt.core.config import Config
+from minigpt.evaluate.report import Measured, Subject, read_report
 from minigpt.model.attention import CausalAttention
 from minigpt.model.decoder import Decoder
 
@@ -150,19 +147,5 @@ class TrainingSide:
 
 
 def load_parity(artifact: Artifact) -> ParityReport:
-    """Read a parity report.
-
-    Raises:
-        ArtifactError: It is a report of something else, or corrupt.
-    """
-    path = artifact.path / PARITY_FILE
-    try:
-        tree: dict[str, Any] = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"{artifact.uri} is no parity report: {PARITY_FILE} is missing",
-            remedy="give a report that `minigpt parity` made",
-        ) from None
-    except ValueError as error:
-        raise ArtifactError(f"{path} is corrupt: {error}") from None
-    return from_mapping(ParityReport, tree, origin=str(path))
+    """Read a parity report; raises as `read_report`."""
+    return read_report(artifact, PARITY_FILE, ParityReport, "parity report", "minigpt parity")

@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ SCORES_FILE = "scores.npz"
 SAMPLES_FILE = "samples.jsonl"
 
 Outcome = Literal["pass", "fail", "insufficient"]
+ReportFile = TypeVar("ReportFile", bound=Config)
 
 
 class Measured(Config):
@@ -128,22 +129,36 @@ def document_hash(text: bytes) -> int:
 
 
 def load_report(artifact: Artifact) -> Report:
-    """Read a report artifact's numbers.
+    """Read a report artifact's numbers; raises as `read_report`."""
+    return read_report(artifact, REPORT_FILE, Report, "evaluation report", "minigpt evaluate")
+
+
+def read_report(
+    artifact: Artifact, name: str, schema: type[ReportFile], kind: str, command: str
+) -> ReportFile:
+    """Read the file of a report artifact that says what kind of report it is.
+
+    Args:
+        artifact: Of kind report.
+        name: The file's.
+        schema: What it holds.
+        kind: What such a report is called, for errors.
+        command: What makes one, for errors.
 
     Raises:
         ArtifactError: It is a report of something else, or corrupt.
     """
-    path = artifact.path / REPORT_FILE
+    path = artifact.path / name
     try:
         tree: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ArtifactError(
-            f"{artifact.uri} is no evaluation report: {REPORT_FILE} is missing",
-            remedy="give a report that `minigpt evaluate` made",
+            f"{artifact.uri} is no {kind}: {name} is missing",
+            remedy=f"give a report that `{command}` made",
         ) from None
     except ValueError as error:
         raise ArtifactError(f"{path} is corrupt: {error}") from None
-    return from_mapping(Report, tree, origin=str(path))
+    return from_mapping(schema, tree, origin=str(path))
 
 
 def load_scores(artifact: Artifact) -> Scores:

@@ -278,10 +278,6 @@ def _check_names(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], wh
             )
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
 def _listing(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

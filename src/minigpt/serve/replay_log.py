@@ -94,7 +94,7 @@ class _Open:
     """A request that is being answered."""
 
     request: Request
-    ready: Ready
+    engine: EngineLine
     answers: list[_Answer]
     weights: str = ""
 
@@ -122,6 +122,7 @@ class ReplayLog:
         self._tokenizer = tokenizer
         self._seeds = random.Random(seed)
         self._open: dict[str, _Open] = {}
+        self._engine: tuple[Ready, EngineLine] | None = None
         self._writer = _Writer(path, max_bytes // 2)
 
     def begin(self, request: Request, ready: Ready) -> Request:
@@ -131,7 +132,7 @@ class ReplayLog:
             request = msgspec.structs.replace(request, sampling=sampling)
         if request.sampling.max_tokens:  # scores and embeddings are no answers
             answers = [_Answer() for _ in range(request.n)]
-            self._open[request.id] = _Open(request, ready, answers)
+            self._open[request.id] = _Open(request, self._describe(ready), answers)
         return request
 
     def observe(self, delta: Delta) -> None:
@@ -147,8 +148,7 @@ class ReplayLog:
         if all(each.finish_reason is not None for each in watched.answers):
             del self._open[delta.request_id]
             if all(each.finish_reason in ("stop", "length") for each in watched.answers):
-                engine = EngineLine.of(watched.ready)
-                self._writer.write(engine, self._answer_line(watched, engine))
+                self._writer.write(watched.engine, self._answer_line(watched))
 
     def drop(self, request_id: str) -> None:
         """Forget a request that will not be answered."""
@@ -158,7 +158,13 @@ class ReplayLog:
         """Write what is left and close the file."""
         self._writer.close()
 
-    def _answer_line(self, watched: _Open, engine: EngineLine) -> AnswerLine:
+    def _describe(self, ready: Ready) -> EngineLine:
+        """Describe an engine once, not for every request: it hardly ever changes."""
+        if self._engine is None or self._engine[0] is not ready:
+            self._engine = ready, EngineLine.of(ready)
+        return self._engine[1]
+
+    def _answer_line(self, watched: _Open) -> AnswerLine:
         weights, _, adapter = watched.weights.partition("+")
         return AnswerLine(
             time=time.time(),
@@ -166,7 +172,7 @@ class ReplayLog:
             weights=weights,
             adapter=adapter or None,
             tokenizer=self._tokenizer,
-            engine=engine.digest,
+            engine=watched.engine.digest,
             request=watched.request,
             answers=[
                 AnswerHash(

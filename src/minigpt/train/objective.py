@@ -10,7 +10,7 @@ Liger Kernel, https://arxiv.org/abs/2410.10989).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -139,35 +139,70 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        accurate = torch.promote_types(weight.dtype, torch.float32)
-        needs_gradient = any(ctx.needs_input_grad)
-        trains_weight = ctx.needs_input_grad[1]  # frozen under adapters
-        with torch.autocast(hidden.device.type, enabled=False):
-            product_weight = weight.to(dtype)
-            loss = torch.zeros((), dtype=accurate, device=hidden.device)
-            hidden_grad = torch.empty_like(hidden) if needs_gradient else None
-            weight_grad = torch.zeros_like(weight, dtype=accurate) if trains_weight else None
-            for start in range(0, hidden.shape[0], chunk_tokens):
-                rows = slice(start, start + chunk_tokens)
-                states = hidden[rows].to(dtype)
-                chunk_loss, logits_grad = _chunk(states, product_weight, targets[rows], accurate)
-                loss = loss + chunk_loss
-                if hidden_grad is not None:
-                    logits_grad = logits_grad.to(dtype)
-                    hidden_grad[rows] = logits_grad @ product_weight
-                    if weight_grad is not None:
-                        weight_grad += logits_grad.T @ states
-        if needs_gradient:
-            ctx.save_for_backward(hidden_grad, weight_grad)
-            ctx.weight_dtype = weight.dtype
-        return loss
+        return sum_chunks(ctx, hidden, weight, targets, chunk_tokens, dtype, _chunk)
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        hidden_grad, weight_grad = ctx.saved_tensors
-        if weight_grad is not None:
-            weight_grad = (weight_grad * loss_grad).to(ctx.weight_dtype)
-        return hidden_grad * loss_grad.to(hidden_grad.dtype), weight_grad, None, None, None
+        return *scale_gradients(ctx, loss_grad), None, None, None
+
+
+ScoreChunk = Callable[[Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
+"""(n, C) states, (V, C) weight, (n,) targets and the dtype of sums to the summed loss of a chunk
+and its (n, V) gradient with respect to the logits."""
+
+
+def sum_chunks(
+    ctx: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_tokens: int,
+    dtype: torch.dtype,
+    score: ScoreChunk,
+) -> Tensor:
+    """Sum a loss chunk by chunk, its gradients beside it, so that no logits outlive their chunk.
+
+    The forward pass of an autograd function whose backward pass is `scale_gradients`.
+
+    Args:
+        ctx: The function's; its first two inputs are `hidden` and `weight`.
+        hidden: (N, C) final hidden states.
+        weight: (V, C) output projection, or this rank's rows of it.
+        targets: (N,).
+        chunk_tokens: Rows of logits that exist at a time.
+        dtype: Of the matrix products.
+        score: A chunk's loss.
+    """
+    accurate = torch.promote_types(weight.dtype, torch.float32)
+    needs_gradient = any(ctx.needs_input_grad)
+    trains_weight = ctx.needs_input_grad[1]  # frozen under adapters
+    with torch.autocast(hidden.device.type, enabled=False):
+        product_weight = weight.to(dtype)
+        loss = torch.zeros((), dtype=accurate, device=hidden.device)
+        hidden_grad = torch.empty_like(hidden) if needs_gradient else None
+        weight_grad = torch.zeros_like(weight, dtype=accurate) if trains_weight else None
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            states = hidden[rows].to(dtype)
+            chunk_loss, logits_grad = score(states, product_weight, targets[rows], accurate)
+            loss = loss + chunk_loss
+            if hidden_grad is not None:
+                logits_grad = logits_grad.to(dtype)
+                hidden_grad[rows] = logits_grad @ product_weight
+                if weight_grad is not None:
+                    weight_grad += logits_grad.T @ states
+    if needs_gradient:
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
+    return loss
+
+
+def scale_gradients(ctx: Any, loss_grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients that `sum_chunks` kept, times that of its loss."""
+    hidden_grad, weight_grad = ctx.saved_tensors
+    if weight_grad is not None:
+        weight_grad = (weight_grad * loss_grad).to(ctx.weight_dtype)
+    return hidden_grad * loss_grad.to(hidden_grad.dtype), weight_grad
 
 
 def _chunk(

@@ -8,6 +8,7 @@ is two numbers each, never a row of logits (https://arxiv.org/abs/1909.08053, se
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from minigpt.train.objective import IGNORED_TARGET
+from minigpt.train.objective import IGNORED_TARGET, scale_gradients, sum_chunks
 
 
 def vocab_parallel_cross_entropy_sum(
@@ -123,37 +124,12 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         part: VocabularyPart,
     ) -> Tensor:
-        accurate = torch.promote_types(weight.dtype, torch.float32)
-        needs_gradient = any(ctx.needs_input_grad)
-        trains_weight = ctx.needs_input_grad[1]  # frozen under adapters
-        with torch.autocast(hidden.device.type, enabled=False):
-            product_weight = weight.to(dtype)
-            loss = torch.zeros((), dtype=accurate, device=hidden.device)
-            hidden_grad = torch.empty_like(hidden) if needs_gradient else None
-            weight_grad = torch.zeros_like(weight, dtype=accurate) if trains_weight else None
-            for start in range(0, hidden.shape[0], chunk_tokens):
-                rows = slice(start, start + chunk_tokens)
-                states = hidden[rows].to(dtype)
-                chunk_loss, logits_grad = _chunk(
-                    states, product_weight, targets[rows], accurate, part
-                )
-                loss = loss + chunk_loss
-                if hidden_grad is not None:
-                    logits_grad = logits_grad.to(dtype)
-                    hidden_grad[rows] = logits_grad @ product_weight
-                    if weight_grad is not None:
-                        weight_grad += logits_grad.T @ states
-        if needs_gradient:
-            ctx.save_for_backward(hidden_grad, weight_grad)
-            ctx.weight_dtype = weight.dtype
-        return loss
+        score = partial(_chunk, part=part)
+        return sum_chunks(ctx, hidden, weight, targets, chunk_tokens, dtype, score)
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad = ctx.saved_tensors
-        if weight_grad is not None:
-            weight_grad = (weight_grad * loss_grad).to(ctx.weight_dtype)
-        return hidden_grad * loss_grad.to(hidden_grad.dtype), weight_grad, *(None,) * 4
+        return *scale_gradients(ctx, loss_grad), *(None,) * 4
 
 
 def _chunk(
