@@ -63,8 +63,8 @@ class EngineConfig(Config):
     a prompt can delay the running streams. auto is 256 on a CPU and 2048 on a GPU."""
     inter_token_target_ms: Auto | PositiveFloat = "auto"
     """Most milliseconds of a step while streams run: each step takes in as much of the waiting
-    prompts as is predicted to fit, at least 16 tokens. auto follows the measured steps: 4 times
-    what the streams alone take, at least 50."""
+    prompts as is predicted to fit, at least 16 tokens. auto follows the measured steps: 3 times
+    what the streams alone take, at least 40."""
     prefix_cache: bool = True
     """Keep the blocks of finished sequences for those that begin with the same tokens."""
     speculative: SpeculativeConfig = SpeculativeConfig()
