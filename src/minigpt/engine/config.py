@@ -81,6 +81,10 @@ class EngineConfig(Config):
     adapters: bool = False
     """Take LoRA adapters while serving, which is torch's: the kernels are then left alone. Where
     torch serves anyway, adapters are taken whatever this says."""
+    batch_invariant: bool = False
+    """Serve only if an answer depends, to the last bit, on weights, tokenizer and request alone:
+    not on what shares its batch, how its prompt was chunked, cached or preempted, or on drafts.
+    The kernels compute so at no cost; where torch would serve, the engine refuses to start."""
     max_logprobs: int = Field(default=20, ge=0)
     """Most alternatives that a request may ask for with each token."""
     seed: int | None = None
