@@ -52,6 +52,9 @@ class RotaryEmbedding(nn.Module):
         self.inverse_frequencies = self._frequencies(device)
 
     def _frequencies(self, device: torch.device | str | None) -> Tensor:
+        where = torch.get_default_device() if device is None else torch.device(device)
+        if where.type == "meta":  # where arithmetic imports torch's compiler: a second of a start
+            return torch.empty(self.head_dim // 2, device=where)
         exponents = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim
         frequencies = 1.0 / self.theta**exponents
         return frequencies if self.scaling is None else _scale(frequencies, self.scaling)
