@@ -25,6 +25,8 @@ from minigpt.engine.fairness import FairQueue
 from minigpt.engine.host import environment, free_memory
 from minigpt.engine.native import Runner, make_runner
 from minigpt.engine.output import OutputProcessor, Vocabulary
+from minigpt.engine.parallel import RankError, Ranks
+from minigpt.engine.parallel_runner import ParallelRunner
 from minigpt.engine.prefix_cache import prefix_root
 from minigpt.engine.prompt import Observer
 from minigpt.engine.resolve import kv_bytes_per_token
@@ -55,6 +57,7 @@ class Engine:
         vocabulary: Turns tokens into bytes.
         config: With every "auto" settled; see `resolve`.
         draft: The model that drafts, likewise; only with the method "draft".
+        ranks: The other processes that compute the model, of which `model` is then rank 0's part.
         model_id: Hash of what is served.
         clock: For durations in the stats.
     """
@@ -66,6 +69,7 @@ class Engine:
         config: EngineConfig,
         *,
         draft: Decoder | None = None,
+        ranks: Ranks | None = None,
         model_id: str = "",
         clock: Clock | None = None,
     ) -> None:
@@ -75,11 +79,13 @@ class Engine:
         self.config = config
         self.vocabulary = vocabulary
         self._context_length = config.context_length
-        self._model_config = model.config
+        self._model_config = model.config if ranks is None else ranks.model
+        self._ranks = ranks
         self._clock = clock or SystemClock()
         assert (draft is None) == (config.speculative.method != "draft")
         draft_config = None if draft is None else draft.config
-        per_block = kv_bytes_per_token(config, model.config, draft_config) * config.block_size
+        per_token = kv_bytes_per_token(config, self._model_config, draft_config)
+        per_block = per_token * config.block_size
         blocks = BlockManager(config.kv_cache_bytes // per_block, config.block_size)
         target = config.inter_token_target_ms
         self._pacer = Pacer(None if target == "auto" else target / 1000)
@@ -107,11 +113,16 @@ class Engine:
             "block_size": config.block_size,
             "dtype": getattr(torch, config.dtype),
         }
-        self._weights = HeldWeights(model_id, make_runner(model, **cache, adapters=config.adapters))
+        runner: Runner
+        if ranks is None:
+            runner = make_runner(model, **cache, adapters=config.adapters)
+        else:
+            runner = ParallelRunner.with_cache(model, ranks, **cache)
+        self._weights = HeldWeights(model_id, runner)
         self._exchange = Exchange(self._weights, self._host, self.ready)
         self._draft_model = None if draft is None else DraftModel(draft, **cache)
-        ends = model.config.stop_token_ids
-        eos = (model.config.eos_token_id, vocabulary.eos_token_id, *ends)
+        ends = self._model_config.stop_token_ids
+        eos = (self._model_config.eos_token_id, vocabulary.eos_token_id, *ends)
         self._eos_token_ids = tuple(dict.fromkeys(t for t in eos if t is not None))
         self._output = OutputProcessor(vocabulary, self._eos_token_ids)
         self._grammars = GrammarCompiler(vocabulary, self._eos_token_ids)
@@ -144,7 +155,9 @@ class Engine:
         Raises:
             ModelError: No usable weights there, they do not fit in memory, or the tokenizer
                 does not fit the model.
-            ConfigError: The KV cache can't hold one context, or no such device is there.
+            ConfigError: The KV cache can't hold one context, no such device is there, or the
+                model can't be cut among `tensor_parallel_size` processes.
+            RankError: One of those processes ended.
         """
         from minigpt.core.telemetry import get_logger
 
@@ -156,6 +169,7 @@ class Engine:
             loaded.tokenizer,
             loaded.config,
             draft=loaded.draft,
+            ranks=loaded.ranks,
             model_id=loaded.id,
             clock=clock,
         )
@@ -169,9 +183,10 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do or to hand over."""
+        """Whether `step` has anything to do, to hand over or to raise."""
         waits = bool(self._held) or self._exchange.under_way
-        return self._scheduler.has_work or bool(self._pending) or waits
+        lost = self._ranks is not None and self._ranks.lost
+        return self._scheduler.has_work or bool(self._pending) or waits or lost
 
     def check(self, request: Request) -> None:
         """Refuse what can't be served, now or ever; changes nothing and is thread-safe.
@@ -244,7 +259,12 @@ class Engine:
 
         Returns:
             What each sequence gained, at most one delta a sequence; with nothing to do, none.
+
+        Raises:
+            RankError: A process of a tensor parallel engine is gone or silent: all is lost.
         """
+        if self._ranks is not None:
+            self._ranks.check()
         started = self._clock.monotonic()
         self._release_compiled()
         if self._exchange.under_way and self._exchange.install(
@@ -327,6 +347,11 @@ class Engine:
             environment=environment() | {"runner": self.runner_name},
         )
 
+    def close(self) -> None:
+        """End the other processes of a tensor parallel engine; it steps no more."""
+        if self._ranks is not None:
+            self._ranks.close()
+
     @property
     def _runners(self) -> list[Runner]:
         """One for each KV cache: all weights of the model share theirs."""
@@ -347,6 +372,8 @@ class Engine:
         try:
             logits, sequences = self._weights.run(chunks)
             choices = sample(logits, sequences)
+        except RankError:
+            raise
         except Exception as error:
             if len(chunks) > 1:
                 return [delta for chunk in chunks for delta in self._run([chunk])]
