@@ -64,6 +64,7 @@ def test_answers_are_those_of_one_process(family: str, tmp_path: Path) -> None:
         found = answer(engine, mixed())
         again = answer(engine, mixed())  # most of it from the prefix cache
         stats = engine.stats()
+        assert '"tensor_parallel_size":2' in engine.ready().engine_config  # what a replay is told
     expected = alone(path, mixed())
     assert largest_difference(found, expected) < TOLERANCE
     assert largest_difference(again, expected) < TOLERANCE
