@@ -172,6 +172,29 @@ def test_a_refused_swap_changes_nothing(tmp_path: Path, llama: Path) -> None:
     assert largest_difference(found, alone(llama, [ask("one", "text")])) < TOLERANCE
 
 
+def test_a_swap_that_one_rank_refuses_changes_nothing(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 has loaded its part when rank 1 finds no file."""
+    other = parallel.write_model(tmp_path, *parallel.make_model("llama", seed=1))
+    load = Ranks.load
+    with serving(llama, ranks=2) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(Ranks, "load", lambda ranks, path: load(ranks, path / "absent"))
+            swapped = engine.swap(other)
+            while not swapped.done():
+                engine.step()
+        with pytest.raises(ModelError, match=r"rank 1: no model at .*absent"):
+            swapped.result()
+        found = answer(engine, [ask("one", "text")])
+        assert largest_difference(found, alone(llama, [ask("one", "text")])) < TOLERANCE
+        swapped = engine.swap(other)
+        while not swapped.done():
+            engine.step()
+        found = answer(engine, [ask("one", "text")])
+    assert largest_difference(found, alone(other, [ask("one", "text")])) < TOLERANCE
+
+
 def test_adapters_are_cut_as_what_they_adapt(tmp_path: Path, llama: Path) -> None:
     targets = {"attention": ("q_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "down_proj")}
     requests = [
@@ -285,6 +308,7 @@ def test_the_ranks_end_with_rank_0(llama: Path) -> None:
     assert not alive
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_llm(llama: Path) -> None:
     config = EngineConfig(device="cpu", dtype="float32", threads=1, tensor_parallel_size=2)
     params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)

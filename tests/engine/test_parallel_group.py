@@ -66,7 +66,7 @@ def test_exchanges(ranks: int) -> None:
         assert found[rank] == found[0]
     for name, total in found[0].items():
         assert total == found[0][f"{name[:-1]}0"]
-    exact = sum(values(rank, 64).double() for rank in range(ranks))
+    exact = torch.stack([values(rank, 64).double() for rank in range(ranks)]).sum(0)
     assert torch.allclose(torch.tensor(found[0]["torch.float32 64 0"]).double(), exact, atol=1e-6)
     if ranks == 2:  # of a and b there is one sum: rows don't depend on those beside them
         assert found[0]["torch.float32 3 0"] == found[0]["torch.float32 64 0"][:3]

@@ -101,6 +101,7 @@ def test_a_killed_engine_leaves_no_rank_behind(parallel: ServerProcess) -> None:
     assert parallel.http.post("/v1/completions", json=BODY).status_code == 200
 
 
+@pytest.mark.soak
 def test_a_stopped_rank_is_replaced(start_server: StartServer) -> None:
     server = start_server(
         *_PARALLEL, *_FAST, "--set=engine.tensor_parallel_timeout_seconds=3",
