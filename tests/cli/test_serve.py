@@ -25,6 +25,15 @@ def test_preflight_says_what_serving_takes(
     text = capsys.readouterr().out
     assert f"{plan['weight_bytes']:,} bytes" in text
     assert "16,384 at most: 32.0 contexts of 512" in text
+    half = [*arguments, "--set", "engine.tensor_parallel_size=2"]
+    assert run([*half, "--json"]) == 0
+    part = json.loads(capsys.readouterr().out)
+    assert part["kv_bytes_per_token"] * 2 == plan["kv_bytes_per_token"]
+    assert plan["weight_bytes"] / 2 < part["weight_bytes"] < 0.51 * plan["weight_bytes"]
+    assert run(half) == 0
+    assert "on each of 2 ranks" in capsys.readouterr().out
+    assert run([*arguments, "--set", "engine.tensor_parallel_size=4"]) == 2
+    assert "its num_kv_heads = 2 (one of 1, 2)" in capsys.readouterr().err
 
 
 def test_preflight_refuses_with_the_shortfall(

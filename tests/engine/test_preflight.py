@@ -7,13 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.engine import parallel
 
 from minigpt.core.errors import ConfigError, ModelError
 from minigpt.engine.config import EngineConfig
 from minigpt.engine.engine import Engine
 from minigpt.engine.packing import pack_weights
-from minigpt.engine.preflight import plan_memory, preflight, read_model_config, weight_bytes
+from minigpt.engine.preflight import (
+    plan_memory,
+    preflight,
+    rank_weight_bytes,
+    read_model_config,
+    weight_bytes,
+)
 from minigpt.model.linear import quantize_module
+from minigpt.model.sharding import Shard
 from minigpt.model.tensor_headers import read_headers, weight_files
 from minigpt.model.weights import load_model, save_model
 
@@ -113,3 +121,25 @@ def test_broken_directories_are_refused(tiny_model: Path, tmp_path: Path) -> Non
     for content in (b"", b"\xff" * 64, (4).to_bytes(8, "little") + b"null"):
         (tmp_path / "model.safetensors").write_bytes(content)
         check("is no safetensors file")
+
+
+@pytest.mark.parametrize("family", parallel.FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_largest_part_takes_what_was_estimated(family: str, dtype: str, tmp_path: Path) -> None:
+    path = parallel.write_model(tmp_path, *parallel.make_model(family))
+    config = _config(dtype=dtype, tensor_parallel_size=2)
+    parts = [load_model(path, dtype=dtype, shard=Shard(rank, 2)).model for rank in range(2)]
+    model = read_model_config(path)
+    packed = 0  # a tied projection's copy in bfloat16
+    if model.tie_embeddings and dtype == "bfloat16":
+        packed = -(-model.vocab_size // 2) * model.hidden_size * 2
+    held = [sum(t.nbytes for t in part.state_dict().values()) + packed for part in parts]
+    assert rank_weight_bytes(path, config, model) == max(held)
+    plans = [
+        plan_memory(path, _config(tensor_parallel_size=n), available=1 << 30, report=lambda _: None)
+        for n in (1, 2)
+    ]
+    assert plans[1].kv_bytes_per_token * 2 == plans[0].kv_bytes_per_token
+    assert plans[1].tensor_parallel_size == 2
+    with pytest.raises(ModelError, match="short by 1 bytes, on each rank"):
+        plan_memory(path, config, available=max(held) - 1, report=lambda line: None)

@@ -98,7 +98,9 @@ def _preflight(path: Path, config: EngineConfig, *, json: bool) -> None:
 
 def _print_plan(path: Path, plan: Preflight) -> None:
     contexts = plan.max_concurrent_tokens / plan.context_length
-    typer.echo(f"fits: {path} in {plan.dtype} on {plan.device}")
+    ranks = plan.tensor_parallel_size
+    each = "" if ranks == 1 else f", on each of {ranks} ranks"
+    typer.echo(f"fits: {path} in {plan.dtype} on {plan.device}{each}")
     typer.echo(f"  free memory            {plan.available_bytes:>16,} bytes")
     typer.echo(f"  weights                {plan.weight_bytes:>16,} bytes")
     typer.echo(f"  KV cache               {plan.kv_cache_bytes:>16,} bytes")
@@ -110,9 +112,11 @@ def _print_plan(path: Path, plan: Preflight) -> None:
 
 
 def _print_ready(endpoint: Endpoint) -> None:
+    ranks = endpoint.tensor_parallel_size
+    parallel = "" if ranks == 1 else f"tensor parallel {ranks}  "
     typer.echo(
         f"ready: {endpoint.url}/v1  model {endpoint.model}  "
         f"context {endpoint.context_length:,} tokens  "
-        f"KV cache {endpoint.kv_capacity_tokens:,} tokens  "
+        f"KV cache {endpoint.kv_capacity_tokens:,} tokens  {parallel}"
         f"started in {endpoint.start_seconds:.1f} s"
     )

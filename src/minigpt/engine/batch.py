@@ -3,9 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from minigpt.engine.cost_model import StepWork, prefill_pairs
 from minigpt.engine.sequence import Sequence
+
+
+class Span(Protocol):
+    """What the forward pass needs to know of a chunk."""
+
+    @property
+    def start(self) -> int:
+        """Position of the first token."""
+        ...
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens, known and drafted."""
+        ...
+
+    @property
+    def block_table(self) -> list[int]:
+        """The sequence's blocks, in order; those that the chunk reaches at least."""
+        ...
+
+    @property
+    def adapter(self) -> str | None:
+        """Digest of the sequence's adapter."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """How many tokens."""
+        ...
+
+    @property
+    def stop(self) -> int:
+        """One past the last position."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +64,16 @@ class Chunk:
     def token_ids(self) -> list[int]:
         """The (length,) tokens, known and drafted."""
         return [*self.sequence.token_ids[self.start : self.stop], *self.drafted]
+
+    @property
+    def block_table(self) -> list[int]:
+        """The sequence's."""
+        return self.sequence.block_table
+
+    @property
+    def adapter(self) -> str | None:
+        """The sequence's."""
+        return self.sequence.adapter
 
     @property
     def num_logits(self) -> int:

@@ -46,14 +46,21 @@ class EngineConfig(Config):
     dtype: Auto | Literal["float32", "bfloat16"] = "auto"
     """Weights, activations and KV cache; auto is bfloat16 where the hardware multiplies it."""
     threads: Auto | PositiveInt = "auto"
-    """Threads of a matrix product on a CPU; auto is the cores that this process may use."""
+    """Threads of a matrix product on a CPU; auto is the cores that this process may use, shared
+    among tensor_parallel_size."""
+    tensor_parallel_size: PositiveInt = 1
+    """Processes of this machine that compute the model together, each with a part of every layer
+    and of the KV cache: for models larger than one GPU. It must divide the heads, the KV heads
+    and the MLP's width."""
+    tensor_parallel_timeout_seconds: PositiveFloat = 60.0
+    """How long these processes wait for each other in a step before the engine fails."""
     context_length: Auto | PositiveInt = "auto"
     """Most tokens of prompt and answer together; auto is the model's own limit."""
     block_size: PositiveInt = 16
     """Tokens in a block of the KV cache."""
     kv_cache_bytes: Auto | PositiveInt = "auto"
     """Memory for the KV cache; auto is what max_num_seqs full contexts need, within
-    memory_fraction of what is free after the weights."""
+    memory_fraction of what is free after the weights. Of each process, where several compute."""
     memory_fraction: float = Field(default=0.8, gt=0, le=1)
     """Share of the free memory that an "auto" KV cache may take."""
     max_num_seqs: PositiveInt = 32

@@ -25,6 +25,8 @@ from minigpt.engine.fairness import FairQueue
 from minigpt.engine.host import environment, free_memory
 from minigpt.engine.native import Runner, make_runner
 from minigpt.engine.output import OutputProcessor, Vocabulary
+from minigpt.engine.parallel import RankError, Ranks
+from minigpt.engine.parallel_runner import ParallelRunner
 from minigpt.engine.prefix_cache import prefix_root
 from minigpt.engine.prompt import Observer
 from minigpt.engine.resolve import kv_bytes_per_token
@@ -57,6 +59,7 @@ class Engine:
         vocabulary: Turns tokens into bytes.
         config: With every "auto" settled; see `resolve`.
         draft: The model that drafts, likewise; only with the method "draft".
+        ranks: The other processes that compute the model, of which `model` is then rank 0's part.
         model_id: Hash of what is served.
         clock: For durations in the stats.
     """
@@ -68,6 +71,7 @@ class Engine:
         config: EngineConfig,
         *,
         draft: Decoder | None = None,
+        ranks: Ranks | None = None,
         model_id: str = "",
         clock: Clock | None = None,
     ) -> None:
@@ -77,11 +81,13 @@ class Engine:
         self.config = config
         self.vocabulary = vocabulary
         self._context_length = config.context_length
-        self._model_config = model.config
+        self._model_config = model.config if ranks is None else ranks.model
+        self._ranks = ranks
         self._clock = clock or SystemClock()
         assert (draft is None) == (config.speculative.method != "draft")
         draft_config = None if draft is None else draft.config
-        per_block = kv_bytes_per_token(config, model.config, draft_config) * config.block_size
+        per_token = kv_bytes_per_token(config, self._model_config, draft_config)
+        per_block = per_token * config.block_size
         blocks = BlockManager(config.kv_cache_bytes // per_block, config.block_size)
         target = config.inter_token_target_ms
         self._pacer = Pacer(None if target == "auto" else target / 1000)
@@ -110,14 +116,19 @@ class Engine:
             "dtype": getattr(torch, config.dtype),
         }
         self._work_size = WorkSize.of(
-            model.config, weight_bytes(model), per_block // config.block_size
+            self._model_config, weight_bytes(model), per_block // config.block_size
         )
         self._meter: UtilizationMeter | None = None
-        self._weights = HeldWeights(model_id, make_runner(model, **cache, adapters=config.adapters))
+        runner: Runner
+        if ranks is None:
+            runner = make_runner(model, **cache, adapters=config.adapters)
+        else:
+            runner = ParallelRunner.with_cache(model, ranks, **cache)
+        self._weights = HeldWeights(model_id, runner)
         self._exchange = Exchange(self._weights, self._host, self.ready)
         self._draft_model = None if draft is None else DraftModel(draft, **cache)
-        ends = model.config.stop_token_ids
-        eos = (model.config.eos_token_id, vocabulary.eos_token_id, *ends)
+        ends = self._model_config.stop_token_ids
+        eos = (self._model_config.eos_token_id, vocabulary.eos_token_id, *ends)
         self._eos_token_ids = tuple(dict.fromkeys(t for t in eos if t is not None))
         self._output = OutputProcessor(vocabulary, self._eos_token_ids)
         self._grammars = GrammarCompiler(vocabulary, self._eos_token_ids)
@@ -153,7 +164,9 @@ class Engine:
         Raises:
             ModelError: No usable weights there, they do not fit in memory, or the tokenizer
                 does not fit the model.
-            ConfigError: The KV cache can't hold one context, or no such device is there.
+            ConfigError: The KV cache can't hold one context, no such device is there, or the
+                model can't be cut among `tensor_parallel_size` processes.
+            RankError: One of those processes ended.
         """
         from minigpt.core.telemetry import get_logger
 
@@ -165,6 +178,7 @@ class Engine:
             loaded.tokenizer,
             loaded.config,
             draft=loaded.draft,
+            ranks=loaded.ranks,
             model_id=loaded.id,
             clock=clock,
         )
@@ -177,7 +191,8 @@ class Engine:
         run, weights = self._weights.run, self._weights.current
         warm_up(run, self._pacer.model, self.config, weights, self._clock)
         limits = measure_limits(self.config)
-        if limits is not None and not self._model_config.num_experts:
+        dense = not self._model_config.num_experts
+        if limits is not None and dense and self.config.tensor_parallel_size == 1:
             self._meter = UtilizationMeter(self._work_size, limits)
 
     @property
@@ -187,9 +202,10 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do or to hand over."""
+        """Whether `step` has anything to do, to hand over or to raise."""
         waits = bool(self._held) or self._exchange.under_way
-        return self._scheduler.has_work or bool(self._pending) or waits
+        lost = self._ranks is not None and self._ranks.lost
+        return self._scheduler.has_work or bool(self._pending) or waits or lost
 
     def check(self, request: Request) -> None:
         """Refuse what can't be served, now or ever; changes nothing and is thread-safe.
@@ -262,7 +278,12 @@ class Engine:
 
         Returns:
             What each sequence gained, at most one delta a sequence; with nothing to do, none.
+
+        Raises:
+            RankError: A process of a tensor parallel engine is gone or silent: all is lost.
         """
+        if self._ranks is not None:
+            self._ranks.check()
         started = self._clock.monotonic()
         self._release_compiled()
         if self._exchange.under_way and self._exchange.install(
@@ -349,6 +370,11 @@ class Engine:
             environment=environment() | {"runner": self.runner_name},
         )
 
+    def close(self) -> None:
+        """End the other processes of a tensor parallel engine; it steps no more."""
+        if self._ranks is not None:
+            self._ranks.close()
+
     @property
     def _runners(self) -> list[Runner]:
         """One for each KV cache: all weights of the model share theirs."""
@@ -369,6 +395,8 @@ class Engine:
         try:
             logits, sequences = self._weights.run(chunks)
             choices = sample(logits, sequences)
+        except RankError:
+            raise
         except Exception as error:
             if len(chunks) > 1:
                 return [delta for chunk in chunks for delta in self._run([chunk])]

@@ -11,10 +11,11 @@ from minigpt.engine.config import EngineConfig
 
 
 def free_memory(config: EngineConfig) -> int:
-    """Return the free bytes of the device."""
+    """Return the bytes that are free for each rank: of its GPU, or its share of the machine's."""
+    ranks = config.tensor_parallel_size
     if config.device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    return describe_machine().memory_available
+        return min(int(torch.cuda.mem_get_info(rank)[0]) for rank in range(ranks))
+    return describe_machine().memory_available // ranks
 
 
 def environment() -> dict[str, str]:

@@ -98,6 +98,7 @@ class LLM:
     def close(self) -> None:
         """End the engine; calls that still wait raise RequestError."""
         self._thread.close()
+        self._engine.close()
 
     def generate(
         self,

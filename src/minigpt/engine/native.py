@@ -22,6 +22,7 @@ from minigpt.model.decoder import Decoder
 from minigpt.model.layers import DecoderLayer, SelfAttention
 from minigpt.model.linear import Int8Embedding, Int8Linear
 from minigpt.model.mlp import GeluMLP, SwiGLU
+from minigpt.model.weights import LoadedModel
 
 
 class Runner(Protocol):
@@ -35,12 +36,16 @@ class Runner(Protocol):
         """The model's adapters; None where it can have none."""
         ...
 
-    def with_model(self, model: Decoder) -> Runner:
+    def with_model(self, loaded: LoadedModel) -> Runner:
         """Return a runner of other weights over the same cache.
 
         Raises:
             ModelError: It can't run them.
         """
+        ...
+
+    def close(self) -> None:
+        """Free what other processes hold of its weights; it runs no more."""
         ...
 
     def run(self, chunks: list[Chunk]) -> tuple[Tensor, list[Sequence]]:
@@ -158,8 +163,9 @@ class NativeRunner:
         self._caches = caches
         self._step = Step(_plan(model, layout, self._caches, dtype), kernels)
 
-    def with_model(self, model: Decoder) -> NativeRunner:
+    def with_model(self, loaded: LoadedModel) -> NativeRunner:
         """See `Runner.with_model`; takes the model's weights as the first one's."""
+        model = loaded.model
         if (reason := not_covered(model, self._dtype, self._block_size)) is not None:
             raise ModelError(
                 f"the kernels that serve can't run these weights: {reason}",
@@ -174,6 +180,9 @@ class NativeRunner:
             caches=self._caches,
             guesses=self._guesses,
         )
+
+    def close(self) -> None:
+        """Nothing is held elsewhere."""
 
     def run(self, chunks: list[Chunk]) -> tuple[Tensor, list[Sequence]]:
         """See `ModelRunner.run`."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt.engine.batch import Chunk
+from minigpt.engine.batch import Span
 from minigpt.model.config import ModelConfig
 
 _GROUP_TOKENS = 2048
@@ -98,7 +98,7 @@ class PagedAttention:
     """
 
     def __init__(
-        self, cache: KVCache, chunks: SequenceOf[Chunk], sliding_window: int | None
+        self, cache: KVCache, chunks: SequenceOf[Span], sliding_window: int | None
     ) -> None:
         self._cache = cache
         self._window = sliding_window
@@ -162,9 +162,9 @@ class PagedAttention:
         )
         return output.transpose(1, 2)[0]
 
-    def _group(self, chunks: SequenceOf[Chunk]) -> list[list[Chunk]]:
+    def _group(self, chunks: SequenceOf[Span]) -> list[list[Span]]:
         """Cut decode chunks, sorted by length, into groups that gather together."""
-        groups: list[list[Chunk]] = []
+        groups: list[list[Span]] = []
         for chunk in chunks:
             width = self._num_blocks(chunk)
             if groups:
@@ -176,14 +176,14 @@ class PagedAttention:
             groups.append([chunk])
         return groups
 
-    def _decode_rows(self, start: int, chunks: list[Chunk]) -> _Rows:
+    def _decode_rows(self, start: int, chunks: list[Span]) -> _Rows:
         """Pad the shorter block tables with their own last block and mask that out."""
         width = max(self._num_blocks(chunk) for chunk in chunks)
         table = np.empty((len(chunks), width), dtype=np.int64)
         first = np.empty((len(chunks), 1), dtype=np.int64)
         for row, chunk in enumerate(chunks):
             begin, end = self._block_range(chunk)
-            blocks = chunk.sequence.block_table[begin:end]
+            blocks = chunk.block_table[begin:end]
             table[row] = blocks + blocks[-1:] * (width - len(blocks))
             first[row] = begin * self._cache.block_size
         newest = np.array([[chunk.start] for chunk in chunks])
@@ -195,7 +195,7 @@ class PagedAttention:
         mask = self._mask(hidden)[:, None, None, :] if hidden.any() else None
         return _Rows(start, len(chunks), True, self._to_device(table), length, mask)
 
-    def _prefill_rows(self, start: int, chunk: Chunk) -> _Rows:
+    def _prefill_rows(self, start: int, chunk: Span) -> _Rows:
         window = self._window
         if chunk.start == 0 and (window is None or chunk.length <= window):
             return _Rows(start, chunk.length, False, None, chunk.length, None)
@@ -206,16 +206,16 @@ class PagedAttention:
         hidden = position > query
         if window is not None:
             hidden |= position <= query - window
-        blocks = self._to_device(np.array(chunk.sequence.block_table[begin:end]))
+        blocks = self._to_device(np.array(chunk.block_table[begin:end]))
         return _Rows(start, chunk.length, False, blocks, chunk.stop - first, self._mask(hidden))
 
-    def _block_range(self, chunk: Chunk) -> tuple[int, int]:
+    def _block_range(self, chunk: Span) -> tuple[int, int]:
         """Return the blocks, as a range of the block table, that a chunk's queries can see."""
         oldest = 0 if self._window is None else max(chunk.start + 1 - self._window, 0)
         block_size = self._cache.block_size
         return oldest // block_size, -(-chunk.stop // block_size)
 
-    def _num_blocks(self, chunk: Chunk) -> int:
+    def _num_blocks(self, chunk: Span) -> int:
         begin, end = self._block_range(chunk)
         return end - begin
 
@@ -228,9 +228,9 @@ class PagedAttention:
         return mask.masked_fill_(where, -math.inf)
 
 
-def _slots(chunk: Chunk, block_size: int) -> list[int]:
+def _slots(chunk: Span, block_size: int) -> list[int]:
     """Return where each of a chunk's tokens lies in the cache."""
-    table = chunk.sequence.block_table
+    table = chunk.block_table
     return [
         table[token // block_size] * block_size + token % block_size
         for token in range(chunk.start, chunk.stop)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import runpy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from minigpt.core.errors import ModelError
 from minigpt.core.machine import describe_machine, free_gpu_memory
@@ -22,13 +23,15 @@ from minigpt.engine.resolve import (
     resolve_numerics,
 )
 from minigpt.model.config import ModelConfig
-from minigpt.model.hf import config_from_hf
+from minigpt.model.hf import config_from_hf, is_quantized
+from minigpt.model.sharding import Shard, check_ranks, cut_axis
 from minigpt.model.tensor_headers import TensorHeader, read_headers, weight_files
+from minigpt.model.tensor_origins import find_origin
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """Estimates of what serving a model takes; bytes unless said."""
+    """Estimates of what serving a model takes; bytes unless said, and of each rank."""
 
     device: str
     dtype: str
@@ -40,6 +43,8 @@ class Preflight:
     max_concurrent_tokens: int
     """Prompt and answer tokens of all running sequences together."""
     context_length: int
+    tensor_parallel_size: int
+    """Ranks that compute it together."""
 
 
 def preflight(path: Path, config: EngineConfig, *, report: Report) -> Preflight:
@@ -52,29 +57,33 @@ def preflight(path: Path, config: EngineConfig, *, report: Report) -> Preflight:
 
     Raises:
         ModelError: No usable model there, or its weights do not fit: with the shortfall.
-        ConfigError: The cache can't hold one context, with the shortfall, or no such device.
+        ConfigError: The cache can't hold one context, with the shortfall, no such device, or the
+            model can't be cut among so many ranks.
     """
     machine = describe_machine()
     gpu_memory = free_gpu_memory() if _torch_has_cuda() else None
     config = resolve_numerics(config, machine, cuda=gpu_memory is not None, report=report)
     on_gpu = config.device == "cuda" and gpu_memory is not None
-    available = gpu_memory if on_gpu and gpu_memory is not None else machine.memory_available
+    share = machine.memory_available // config.tensor_parallel_size
+    available = gpu_memory if on_gpu and gpu_memory is not None else share
     return plan_memory(path, config, available=available, report=report)
 
 
 def plan_memory(path: Path, config: EngineConfig, *, available: int, report: Report) -> Preflight:
-    """As `preflight`, for a config with numerics settled and `available` bytes on the device."""
+    """As `preflight`, for a config with numerics settled and `available` bytes for each rank."""
     model = read_model_config(path)
-    weights = weight_bytes(read_headers(weight_files(path)), config, model)
+    check_ranks(model, config.tensor_parallel_size)
+    weights = rank_weight_bytes(path, config, model)
     draft = None
     if config.speculative.draft_model is not None:
         draft_path = Path(config.speculative.draft_model)
         draft = read_model_config(draft_path)
         weights += weight_bytes(read_headers(weight_files(draft_path)), config, draft)
     if weights > available:
+        each = "" if config.tensor_parallel_size == 1 else ", on each rank"
         raise ModelError(
             f"{path} takes {weights} bytes of weights in {config.dtype}, {available} are free: "
-            f"short by {weights - available} bytes",
+            f"short by {weights - available} bytes{each}",
             remedy="free memory, quantize the model or use a larger machine",
         )
     config = resolve_memory(
@@ -92,6 +101,7 @@ def plan_memory(path: Path, config: EngineConfig, *, available: int, report: Rep
         kv_cache_bytes=config.kv_cache_bytes,
         max_concurrent_tokens=config.kv_cache_bytes // per_token,
         context_length=config.context_length,
+        tensor_parallel_size=config.tensor_parallel_size,
     )
 
 
@@ -101,6 +111,10 @@ def read_model_config(path: Path) -> ModelConfig:
     Raises:
         ModelError: Missing, malformed or of an unsupported architecture.
     """
+    return config_from_hf(_read_tree(path))
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     try:
         tree = json.loads(file.read_bytes())
@@ -111,7 +125,7 @@ def read_model_config(path: Path) -> ModelConfig:
         ) from None
     if not isinstance(tree, dict):
         raise ModelError(f"{file} holds a {type(tree).__name__}, not an object")
-    return config_from_hf(tree)
+    return tree
 
 
 def weight_bytes(headers: list[TensorHeader], config: EngineConfig, model: ModelConfig) -> int:
@@ -123,6 +137,39 @@ def weight_bytes(headers: list[TensorHeader], config: EngineConfig, model: Model
         # The output projection gets a packed copy of its own; see `packing`.
         total += model.vocab_size * model.hidden_size * width
     return total
+
+
+def rank_weight_bytes(path: Path, config: EngineConfig, model: ModelConfig) -> int:
+    """Return the bytes of weights of the rank that holds most of them, once loaded."""
+    headers, ranks = read_headers(weight_files(path)), config.tensor_parallel_size
+    if ranks == 1:
+        return weight_bytes(headers, config, model)
+    tree = _read_tree(path)
+    family = "" if is_quantized(tree) else str(tree["model_type"])
+    last = Shard(ranks - 1, ranks)  # whose part of an uneven vocabulary is the largest
+    parts = [part for header in headers if (part := _part(header, family, last)) is not None]
+    return weight_bytes(parts, config, last.shape(model))
+
+
+def _part(header: TensorHeader, family: str, shard: Shard) -> TensorHeader | None:
+    """Return what a rank has of a stored tensor, None if that is no weight."""
+    origin = find_origin(header.name, family)
+    if origin is None:
+        return None
+    shape = header.shape
+    axis = cut_axis(origin.names[0], len(shape))
+    if axis is None or axis >= len(shape):
+        return header
+    if origin.transposed and len(shape) == 2:
+        axis = 1 - axis
+    first, stop = shard.bounds(shape[axis])
+    part, whole = stop - first, shape[axis]
+    return replace(
+        header,
+        shape=(*shape[:axis], part, *shape[axis + 1 :]),
+        count=header.count // whole * part,
+        num_bytes=header.num_bytes // whole * part,
+    )
 
 
 def _torch_has_cuda() -> bool:

@@ -28,15 +28,13 @@ def read_prompt(hidden: Tensor, chunk: Chunk, project: Callable[[Tensor], Tensor
     """
     sequence, reader = chunk.sequence, chunk.sequence.reader
     assert reader is not None
-    prompt = sequence.num_prompt_tokens
-    first, stop = reader.num_read, min(chunk.stop, prompt)
+    first, stop = reader.num_read, min(chunk.stop, sequence.num_prompt_tokens)
     if first >= stop:
         return
     assert chunk.start <= first, "a position was not computed: nothing to read it from"
     if reader.num_logprobs is not None:
         scores: list[Sampled] = []
-        for begin in range(first, min(stop, prompt - 1), _ROWS):
-            end = min(begin + _ROWS, stop, prompt - 1)
+        for begin, end in scored_positions(chunk):
             rows = hidden[begin - chunk.start : end - chunk.start]
             targets = sequence.token_ids[begin + 1 : end + 1]
             logits = project(rows).float()
@@ -53,6 +51,15 @@ def read_prompt(hidden: Tensor, chunk: Chunk, project: Callable[[Tensor], Tensor
     if reader.pooled is not None and not np.isfinite(reader.pooled).all():
         raise FloatingPointError("the prompt's hidden states are not finite")
     reader.num_read = stop
+
+
+def scored_positions(chunk: Chunk) -> list[tuple[int, int]]:
+    """Return the positions that `read_prompt` projects, (first, stop), one call after another."""
+    sequence, reader = chunk.sequence, chunk.sequence.reader
+    if reader is None or reader.num_logprobs is None:
+        return []
+    stop = min(chunk.stop, sequence.num_prompt_tokens - 1)
+    return [(begin, min(begin + _ROWS, stop)) for begin in range(reader.num_read, stop, _ROWS)]
 
 
 def score(logits: Tensor, tokens: list[int], num_alternatives: int) -> list[Sampled]:

@@ -35,8 +35,10 @@ def resolve_numerics(
         changes["dtype"] = "bfloat16" if fast else "float32"
         report(f"dtype = {changes['dtype']}: {'fast' if fast else 'no bfloat16'} in hardware")
     if config.threads == "auto":
-        changes["threads"] = machine.cores
-        report(f"threads = {changes['threads']}: cores that this process may use")
+        ranks = config.tensor_parallel_size
+        changes["threads"] = max(1, machine.cores // ranks)
+        shared = "" if ranks == 1 else f", shared among {ranks} processes"
+        report(f"threads = {changes['threads']}: cores that this process may use{shared}")
     if config.max_batched_tokens == "auto":
         budget = max(2048 if on_gpu else 256, config.max_num_seqs)
         changes["max_batched_tokens"] = budget
@@ -117,11 +119,13 @@ def resolve_memory(
 def kv_bytes_per_token(
     config: EngineConfig, model: ModelConfig, draft: ModelConfig | None = None
 ) -> int:
-    """Return the bytes that one token's keys and values take over all layers, of both models."""
+    """Return the bytes that one token's keys and values take over all layers, of both models.
+
+    Of several ranks it is the first one's, which has its part of the model and all that drafts.
+    """
     assert config.dtype != "auto"
-    values = sum(
-        2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
-        for shape in (model, draft)
-        if shape is not None
-    )
+    values = 2 * model.num_layers * (model.num_kv_heads // config.tensor_parallel_size)
+    values *= model.head_dim
+    if draft is not None:
+        values += 2 * draft.num_layers * draft.num_kv_heads * draft.head_dim
     return values * DTYPE_BYTES[config.dtype]

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from minigpt.engine.adapters import AdapterSet
-from minigpt.engine.batch import Chunk
+from minigpt.engine.batch import Chunk, Span
 from minigpt.engine.packing import pack_weights
 from minigpt.engine.paged_attention import KVCache, PagedAttention
 from minigpt.engine.prompt_scores import read_prompt
 from minigpt.engine.sequence import Sequence
 from minigpt.model.decoder import Decoder
+from minigpt.model.weights import LoadedModel
+
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to logits."""
+
+    project: Callable[[Tensor], Tensor]
+    """(R, C) to (R, V), in any precision."""
+    vocab_size: int
 
 
 class ModelRunner:
@@ -23,13 +36,17 @@ class ModelRunner:
         model: In eval mode, on its device.
         cache: Of the shape of the model's keys and values; other runners may use it too.
         guesses: Whether it only drafts: prompts are not read and adapters are left out.
+        head: What yields the logits; None is the model itself.
     """
 
     name: ClassVar[str] = "torch"
 
-    def __init__(self, model: Decoder, cache: KVCache, *, guesses: bool = False) -> None:
+    def __init__(
+        self, model: Decoder, cache: KVCache, *, guesses: bool = False, head: Head | None = None
+    ) -> None:
         self._model = model
         self._guesses = guesses
+        self._head = head or Head(model.logits, model.config.vocab_size)
         self._device = next(iter(model.state_dict().values())).device
         self._cache = cache
         self.adapters = AdapterSet(model, cache.dtype)
@@ -60,10 +77,13 @@ class ModelRunner:
         )
         return cls(model, cache, guesses=guesses)
 
-    def with_model(self, model: Decoder) -> ModelRunner:
+    def with_model(self, loaded: LoadedModel) -> ModelRunner:
         """Return a runner of other weights over the same cache; they are packed in place."""
-        pack_weights(model)
-        return ModelRunner(model, self._cache, guesses=self._guesses)
+        pack_weights(loaded.model)
+        return ModelRunner(loaded.model, self._cache, guesses=self._guesses)
+
+    def close(self) -> None:
+        """Nothing is held elsewhere."""
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> tuple[Tensor, list[Sequence]]:
@@ -78,33 +98,42 @@ class ModelRunner:
             (S, V) float32 logits and the S sequences to sample for, row by row: each chunk's
             sequence as often, in succession, as it has `num_logits`.
         """
-        # Decode first, by length, so that sequences of like length gather together.
-        ordered = sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.stop))
-        attention = PagedAttention(self._cache, ordered, self._model.config.sliding_window)
-        tokens: list[int] = []
-        positions: list[int] = []
+        ordered = in_order(chunks)
+        hidden = self.hidden(ordered)
         last_rows: list[int] = []
         sampled: list[Sequence] = []
-        read: list[tuple[int, Chunk]] = []
-        adapted: dict[str, list[int]] = {}
+        row = 0
         for chunk in ordered:
             if not self._guesses and chunk.sequence.reader is not None:
-                read.append((len(tokens), chunk))
-            if not self._guesses and (adapter := chunk.sequence.adapter) is not None:
-                rows = range(len(tokens), len(tokens) + chunk.length)
-                adapted.setdefault(adapter, []).extend(rows)
-            tokens += chunk.token_ids
-            positions += range(chunk.start, chunk.stop)
-            last_rows += range(len(tokens) - chunk.num_logits, len(tokens))
+                read_prompt(hidden[row : row + chunk.length], chunk, self._head.project)
+            row += chunk.length
+            last_rows += range(row - chunk.num_logits, row)
             sampled += [chunk.sequence] * chunk.num_logits
+        if not sampled:
+            return hidden.new_empty(0, self._head.vocab_size, dtype=torch.float32), []
+        return self.project(hidden, last_rows).float(), sampled
+
+    @torch.inference_mode()
+    def hidden(self, spans: SequenceOf[Span]) -> Tensor:
+        """Compute spans, which are `in_order`: (N, C) after the final norm, row by row."""
+        attention = PagedAttention(self._cache, spans, self._model.config.sliding_window)
+        tokens: list[int] = []
+        positions: list[int] = []
+        adapted: dict[str, list[int]] = {}
+        for span in spans:
+            if not self._guesses and (adapter := span.adapter) is not None:
+                rows = range(len(tokens), len(tokens) + span.length)
+                adapted.setdefault(adapter, []).extend(rows)
+            tokens += span.token_ids
+            positions += range(span.start, span.stop)
         self.adapters.use(adapted)
         hidden = self._model(self._tensor(tokens)[None], self._tensor(positions)[None], attention)
-        for row, chunk in read:
-            read_prompt(hidden[0, row : row + chunk.length], chunk, self._model.logits)
-        if not sampled:
-            return hidden.new_empty(0, self._model.config.vocab_size, dtype=torch.float32), []
-        last = hidden[0].index_select(0, self._tensor(last_rows))  # (S, C)
-        return self._model.logits(last).float(), sampled
+        return hidden[0]  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def project(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        """Return the logits of some rows of (N, C)."""
+        return self._head.project(hidden.index_select(0, self._tensor(rows)))
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy blocks of the cache, (source, destination), one after another."""
@@ -117,3 +146,8 @@ class ModelRunner:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, device=self._device)
+
+
+def in_order(chunks: list[Chunk]) -> list[Chunk]:
+    """Put decode first, by length, so that sequences of like length gather together."""
+    return sorted(chunks, key=lambda chunk: (chunk.length > 1, chunk.stop))

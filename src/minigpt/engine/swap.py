@@ -21,12 +21,13 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.engine.adapters import check_adapter
 from minigpt.engine.config import EngineConfig
 from minigpt.engine.native import Runner
-from minigpt.engine.preflight import read_model_config, weight_bytes
+from minigpt.engine.parallel_group import shard_of
+from minigpt.engine.preflight import rank_weight_bytes, read_model_config
 from minigpt.engine.resolve import DTYPE_BYTES
 from minigpt.engine.weights import HeldWeights
 from minigpt.model.config import ModelConfig
 from minigpt.model.lora import CONFIG, WEIGHTS, Adapter, load_adapter
-from minigpt.model.tensor_headers import read_headers, weight_files
+from minigpt.model.sharding import check_ranks
 from minigpt.model.weights import LoadedModel, load_model
 
 _POLL_SECONDS = 0.05
@@ -92,7 +93,7 @@ class Exchange:
         def load() -> None:
             try:
                 loaded = _load(path, host)
-                swap.loaded.set_result((loaded.id, runner.with_model(loaded.model)))
+                swap.loaded.set_result((loaded.id, runner.with_model(loaded)))
             except BaseException as error:
                 swap.loaded.set_exception(error)
 
@@ -150,7 +151,12 @@ def _load(path: str | Path, host: Host) -> LoadedModel:
     remote = is_remote(path)
     directory = open_artifact(path, kind="model", verify=False).path if remote else Path(path)
     check_model(directory, host)
-    loaded = load_model(directory, dtype=host.config.dtype, device=host.config.device)
+    loaded = load_model(
+        directory,
+        dtype=host.config.dtype,
+        device=host.config.device,
+        shard=shard_of(host.config, rank=0),
+    )
     if _ends(loaded.config) != _ends(host.model):
         raise ModelError(
             f"{path} ends a text by the tokens {_ends(loaded.config)}, the served model by "
@@ -190,7 +196,8 @@ def check_model(directory: Path, host: Host) -> None:
             f"{directory} has another tokenizer or chat template than the served model",
             remedy=remedy,
         )
-    needed = weight_bytes(read_headers(weight_files(directory)), host.config, model)
+    check_ranks(model, host.config.tensor_parallel_size)
+    needed = rank_weight_bytes(directory, host.config, model)
     _check_room(f"{directory} takes {needed} bytes of weights beside the served ones", needed, host)
 
 

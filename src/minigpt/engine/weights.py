@@ -90,7 +90,8 @@ class HeldWeights:
 
     def install(self, digest: str, runner: Runner) -> None:
         """Let new requests use these weights; those that are held already stay as they are."""
-        self._held.setdefault(digest, _Held(runner))
+        if self._held.setdefault(digest, _Held(runner)).runner is not runner:
+            runner.close()
         self.current = digest
 
     def load_adapter(self, name: str, digest: str, adapter: Adapter) -> None:
@@ -122,7 +123,7 @@ class HeldWeights:
         in_use = {(sequence.weights, sequence.adapter) for sequence in sequences}
         for digest, held in tuple(self._held.items()):
             if digest != self.current and not any(weights == digest for weights, _ in in_use):
-                del self._held[digest]
+                self._held.pop(digest).runner.close()
                 continue
             named = set(held.adapters.values())
             running = {adapter for weights, adapter in in_use if weights == digest}

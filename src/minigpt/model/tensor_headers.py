@@ -25,6 +25,7 @@ class TensorHeader:
     name: str
     dtype: str
     """In safetensors' spelling: F32, BF16, I8, ..."""
+    shape: tuple[int, ...]
     count: int
     """Elements."""
     num_bytes: int
@@ -89,6 +90,7 @@ def _read_header(file: Path) -> list[TensorHeader]:
             TensorHeader(
                 name,
                 entry["dtype"],
+                tuple(entry["shape"]),
                 math.prod(entry["shape"]),
                 entry["data_offsets"][1] - entry["data_offsets"][0],
             )

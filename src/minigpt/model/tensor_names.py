@@ -8,36 +8,22 @@ transposes, splits and joins: no bit of a value changes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from minigpt.model.tensor_origins import (
+    GPT2_LINEAR,
+    GPT2_NORMS,
+    GPT2_TOP,
+    MIXTRAL,
+    QKV,
+    find_origin,
+    replaced,
+)
+
 Tensors = dict[str, Tensor]
-
-# Buffers that older files carry: GPT-2's causal masks and Llama's rotary frequencies.
-_NOT_WEIGHTS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")
-
-_GPT2_TOP = {
-    "wte.weight": "model.embed_tokens.weight",
-    "wpe.weight": "model.embed_positions.weight",
-    "ln_f.weight": "model.norm.weight",
-    "ln_f.bias": "model.norm.bias",
-}
-_GPT2_NORMS = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}
-_GPT2_LINEAR = {
-    "attn.c_proj": "self_attn.o_proj",
-    "mlp.c_fc": "mlp.up_proj",
-    "mlp.c_proj": "mlp.down_proj",
-}
-_QKV = ("q_proj", "k_proj", "v_proj")
-_MIXTRAL = {
-    ".block_sparse_moe.": ".mlp.",
-    ".w1.weight": ".gate_proj.weight",
-    ".w2.weight": ".down_proj.weight",
-    ".w3.weight": ".up_proj.weight",
-}
 
 
 def from_hf(stored: Mapping[str, Tensor], family: str) -> Tensors:
@@ -49,35 +35,31 @@ def from_hf(stored: Mapping[str, Tensor], family: str) -> Tensors:
         family: model_type of the `config.json` beside them.
 
     Returns:
-        The decoder's tensors. Names that the family does not have pass through unchanged, so
-        that the caller can report them.
+        The decoder's tensors, views of the stored ones. Names that the family does not have pass
+        through unchanged, so that the caller can report them.
     """
     tensors: Tensors = {}
     for name, tensor in stored.items():
-        if _NOT_WEIGHTS.search(name):
+        origin = find_origin(name, family)
+        if origin is None:
             continue
-        if family == "gpt2":
-            tensors |= _from_gpt2(name, tensor)
-            continue
-        if family == "mixtral":
-            name = _replaced(name, _MIXTRAL)
-        if name.startswith(("layers.", "embed_tokens.", "norm.")):
-            name = f"model.{name}"
-        tensors[name] = tensor
+        turned = tensor.T if origin.transposed and tensor.dim() == 2 else tensor
+        parts = turned.chunk(len(origin.names), dim=0) if len(origin.names) > 1 else (turned,)
+        tensors |= dict(zip(origin.names, parts, strict=True))
     return tensors
 
 
 def to_hf(state: Mapping[str, Tensor], family: str) -> Tensors:
     """Rename a decoder's state dict to the names of a family's files."""
     if family == "mixtral":
-        back = {ours: theirs for theirs, ours in _MIXTRAL.items()}
-        return {_replaced(name, back): tensor for name, tensor in state.items()}
+        back = {ours: theirs for theirs, ours in MIXTRAL.items()}
+        return {replaced(name, back): tensor for name, tensor in state.items()}
     if family != "gpt2":
         return dict(state)
     tensors: Tensors = {}
     parts: dict[str, list[Tensor]] = {}
-    top = {ours: theirs for theirs, ours in _GPT2_TOP.items()}
-    rest = {ours: theirs for theirs, ours in (_GPT2_NORMS | _GPT2_LINEAR).items()}
+    top = {ours: theirs for theirs, ours in GPT2_TOP.items()}
+    rest = {ours: theirs for theirs, ours in (GPT2_NORMS | GPT2_LINEAR).items()}
     for name, tensor in state.items():
         if name == "lm_head.weight":
             tensors[name] = tensor
@@ -88,40 +70,13 @@ def to_hf(state: Mapping[str, Tensor], family: str) -> Tensors:
         _, _, index, module, kind = _split(name)
         owner = module.removeprefix("self_attn.")
         stored = tensor.T if tensor.dim() == 2 else tensor
-        if owner in _QKV:
+        if owner in QKV:
             parts.setdefault(f"transformer.h.{index}.attn.c_attn.{kind}", []).append(stored)
         else:
             tensors[f"transformer.h.{index}.{rest[module]}.{kind}"] = stored
     for name, pieces in parts.items():
         tensors[name] = torch.cat(pieces, dim=-1)
     return tensors
-
-
-def _replaced(name: str, parts: Mapping[str, str]) -> str:
-    for old, new in parts.items():
-        name = name.replace(old, new)
-    return name
-
-
-def _from_gpt2(name: str, tensor: Tensor) -> Tensors:
-    bare = name.removeprefix("transformer.")
-    if bare in _GPT2_TOP:
-        return {_GPT2_TOP[bare]: tensor}
-    match = re.fullmatch(r"h\.(\d+)\.(.+)\.(weight|bias)", bare)
-    if match is None:
-        return {name: tensor}
-    index, module, kind = match.groups()
-    prefix = f"model.layers.{index}"
-    weight = tensor.T if tensor.dim() == 2 else tensor
-    if module == "attn.c_attn":
-        thirds = weight.chunk(3, dim=0)
-        named = zip(_QKV, thirds, strict=True)
-        return {f"{prefix}.self_attn.{owner}.{kind}": t.contiguous() for owner, t in named}
-    if module in _GPT2_LINEAR:
-        return {f"{prefix}.{_GPT2_LINEAR[module]}.{kind}": weight.contiguous()}
-    if module in _GPT2_NORMS:
-        return {f"{prefix}.{_GPT2_NORMS[module]}.{kind}": tensor}
-    return {name: tensor}
 
 
 def _split(name: str) -> tuple[str, str, str, str, str]:

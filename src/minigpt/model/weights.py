@@ -22,6 +22,7 @@ from minigpt.model.decoder import Decoder
 from minigpt.model.hf import QUANT_METHOD, config_from_hf, is_quantized
 from minigpt.model.hf_write import config_to_hf, family_of
 from minigpt.model.linear import Int8Embedding, Int8Linear
+from minigpt.model.sharding import Shard, cut_axis, is_added_once
 from minigpt.model.tensor_files import read_tensors, write_tensors
 from minigpt.model.tensor_headers import weight_files
 from minigpt.model.tensor_names import from_hf, to_hf
@@ -53,11 +54,17 @@ class LoadedModel:
     path: Path
     """The local directory it came from; its tokenizer is there too."""
     id: str
-    """The artifact's id; for a bare directory a hash of its configuration and weights."""
+    """The artifact's id; for a bare directory a hash of its configuration and weights, which the
+    first of several ranks takes."""
 
 
 def load_model(
-    path: str | Path, *, dtype: str | None = None, device: str = "cpu", verify: bool = True
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str = "cpu",
+    verify: bool = True,
+    shard: Shard | None = None,
 ) -> LoadedModel:
     """Load a model artifact or a bare Hugging Face directory.
 
@@ -69,6 +76,8 @@ def load_model(
             int8 weights stay int8.
         device: Where to put the weights.
         verify: Compare an artifact's files with their hashes (about 1 GB/s).
+        shard: Load this rank's part alone, from mapped files: at no time is more of the model
+            in this process's own memory than that part and one tensor of it twice.
 
     Raises:
         ModelError: No configuration or weights there, an unsupported configuration, missing,
@@ -85,19 +94,42 @@ def load_model(
     tree = _read_json(directory, CONFIG)
     config = _add_stop_tokens(config_from_hf(tree), directory)
     files = weight_files(directory)
-    stored = read_tensors(files, device)
+    quantized = is_quantized(tree)
+    stored = read_tensors(files, device if shard is None else "cpu")
     # int8 weights are minigpt's own format and have the decoder's names in any family.
-    tensors = stored if is_quantized(tree) else from_hf(stored, tree["model_type"])
-    if dtype is not None:
-        tensors = {
-            n: t.to(DTYPES[dtype]) if t.is_floating_point() else t for n, t in tensors.items()
-        }
-    model = _assemble(config, tensors, directory, quantized=is_quantized(tree))
+    tensors = stored if quantized else from_hf(stored, tree["model_type"])
+    del stored
+    scales = _check_tensors(config, tensors, directory, quantized=quantized)
+    for name in list(tensors):
+        whole = tensors.pop(name)
+        tensor = whole if shard is None else cut_tensor(name, whole, shard)
+        del whole
+        wanted = tensor.dtype if dtype is None or not tensor.is_floating_point() else DTYPES[dtype]
+        tensors[name] = tensor.contiguous().to(device, wanted)
+    model = _assemble(config if shard is None else shard.shape(config), tensors, scales)
     if model.model.rotary is not None:
         model.model.rotary.reset(device)
     if identity is None:
-        identity = _content_hash([directory / CONFIG, *files])
+        others = shard is not None and shard.rank > 0
+        identity = "" if others else _content_hash([directory / CONFIG, *files])
     return LoadedModel(model.eval(), config, directory, identity)
+
+
+def cut_tensor(name: str, tensor: Tensor, shard: Shard) -> Tensor:
+    """Return a rank's part of a tensor as one of its own, which keeps no other in memory.
+
+    Args:
+        name: The decoder's, or an adapter's: see `cut_axis`.
+        tensor: The whole; what is added to a sum over the ranks is the first one's, and zeros on
+            the others.
+        shard: The rank.
+    """
+    axis = cut_axis(name, tensor.dim())
+    if axis is not None:
+        first, stop = shard.bounds(tensor.shape[axis])
+        tensor = tensor.narrow(axis, first, stop - first)
+    part = tensor.clone(memory_format=torch.contiguous_format)
+    return part.zero_() if is_added_once(name) and shard.rank else part
 
 
 def save_model(
@@ -217,9 +249,13 @@ def _add_stop_tokens(config: ModelConfig, directory: Path) -> ModelConfig:
     return config.replace(stop_token_ids=config.stop_token_ids + extra)
 
 
-def _assemble(
+def _check_tensors(
     config: ModelConfig, tensors: dict[str, Tensor], directory: Path, *, quantized: bool
-) -> Decoder:
+) -> list[str]:
+    """Refuse tensors that are not the configuration's; return the names of int8 scales.
+
+    An output projection that is stored though it is the embedding is dropped.
+    """
     head = tensors.get("lm_head.weight")
     embedding = tensors.get("model.embed_tokens.weight")
     if config.tie_embeddings and head is not None and embedding is not None:
@@ -231,12 +267,17 @@ def _assemble(
             )
         del tensors["lm_head.weight"]
     scales = [name for name in tensors if quantized and name.endswith(".scale")]
+    _check_names(_skeleton(config, scales).state_dict(), tensors, str(directory))
+    return scales
+
+
+def _assemble(config: ModelConfig, tensors: dict[str, Tensor], scales: list[str]) -> Decoder:
+    """Build a decoder from tensors that are its own."""
     for name in (scale.removesuffix("scale") + "weight" for scale in scales):
-        if name in tensors and tensors[name].data_ptr() % 16:
+        if tensors[name].data_ptr() % 16:
             # Mapped from wherever the file has it; the packed kernel needs whole 16 bytes.
             tensors[name] = tensors[name].clone()
     model = _skeleton(config, scales)
-    _check_names(model.state_dict(), tensors, str(directory))
     model.load_state_dict(tensors, assign=True)
     return model
 

@@ -7,7 +7,6 @@ the engine: then it is the supervisor's to start a new one.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import signal
@@ -20,6 +19,7 @@ import zmq
 from minigpt.api.requests import Abort, Delta, EngineStats, Request
 from minigpt.core.config import from_mapping
 from minigpt.core.errors import MinigptError, RequestError
+from minigpt.core.processes import die_with_parent
 from minigpt.core.telemetry import configure_logging, get_logger
 from minigpt.engine.config import EngineConfig
 from minigpt.serve.engine_control import ControlledEngine, Controls, load_adapters
@@ -34,7 +34,6 @@ from minigpt.serve.wire import (
 )
 
 _IDLE_POLL_MS = 500
-_PR_SET_PDEATHSIG = 1
 
 
 class StepEngine(ControlledEngine, Protocol):
@@ -65,7 +64,7 @@ class StepEngine(ControlledEngine, Protocol):
 def main() -> int:
     """Run an engine process and return its exit code."""
     spec = msgspec.json.decode(sys.argv[1], type=EngineSpec)
-    _die_with_parent(spec.parent_pid)
+    die_with_parent(spec.parent_pid)
     # Ctrl-C reaches the whole process group: the API process drains first and then says Stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -99,6 +98,7 @@ def _load_and_run(spec: EngineSpec, inbox: zmq.Socket[bytes], outbox: zmq.Socket
     gc.freeze()
     outbox.send(encode_from_engine([engine.ready(), engine.stats()]))
     run_loop(engine, inbox, outbox, parent_pid=spec.parent_pid)
+    engine.close()
     return 0
 
 
@@ -155,17 +155,6 @@ def _add(engine: StepEngine, request: Request) -> list[Delta]:
             for index in range(request.n)
         ]
     return []
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent dies, however it dies (Linux).
-
-    Elsewhere the loop's own look at its parent ends it after the current step.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        sys.exit(0)
 
 
 if __name__ == "__main__":

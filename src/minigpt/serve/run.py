@@ -50,6 +50,8 @@ class Endpoint:
     context_length: int
     kv_capacity_tokens: int
     """Tokens that the KV cache holds."""
+    tensor_parallel_size: int
+    """Processes that compute the model together."""
     load_seconds: float
     """What the engine needed to load the model."""
     start_seconds: float
@@ -254,6 +256,7 @@ class _ApiServer:
             model=self._name,
             context_length=ready.context_length,
             kv_capacity_tokens=ready.kv_blocks_total * ready.block_size,
+            tensor_parallel_size=self._config.engine.tensor_parallel_size,
             load_seconds=ready.load_seconds,
             start_seconds=time.monotonic() - self._began,
         )
