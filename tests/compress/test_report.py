@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from minigpt.compress.config import CompressConfig
-from minigpt.compress.quantize import quantize_int8
+from minigpt.compress.quantize import quantize
 from minigpt.compress.report import (
     COMPRESSION_FILE,
     CompressionReport,
@@ -28,7 +28,7 @@ CONFIG = CompressConfig(
 
 def test_report_compares_both_models(tiny_model: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     dataset = open_artifact(tiny_dataset)
-    after = quantize_int8(tiny_model, tmp_path / "int8")
+    after = quantize(tiny_model, tmp_path / "int8")
     made = compression_report(tiny_model, after, dataset, tmp_path / "report", CONFIG)
     found = from_mapping(CompressionReport, json.loads((made.path / COMPRESSION_FILE).read_text()))
     before = open_artifact(tiny_model)
@@ -59,9 +59,9 @@ def test_report_compares_both_models(tiny_model: Path, tiny_dataset: Path, tmp_p
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ([0.7, 0.8, 0.9], "slower here: 0.80x"),
+        ([0.7, 0.8, 0.9], "not worth it here: slower, 0.80x"),
         ([1.2, 1.3, 1.4], "faster here: 1.30x"),
-        ([0.9, 1.1, 1.2], "no clear difference here: 1.10x (0.90-1.20)"),
+        ([0.9, 1.1, 1.2], "not worth it here: no clear difference, 1.10x (0.90-1.20)"),
     ],
 )
 def test_slower_is_called_slower(values: list[float], said: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from minigpt.cli.main import run
 from minigpt.compress.config import CompressConfig
-from minigpt.compress.quantize import quantize_int8
+from minigpt.compress.quantize import quantize
 from minigpt.core.artifact import lineage, open_artifact
 from minigpt.core.errors import ArtifactError, DataError
 from minigpt.engine.config import ParityConfig
@@ -39,7 +39,7 @@ def report(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def int8(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("int8") / "model"
-    return quantize_int8(tiny_model, out, CompressConfig()).path
+    return quantize(tiny_model, out, CompressConfig()).path
 
 
 def row(report: ParityReport, served: str, reference: str) -> ParityRow:
