@@ -112,11 +112,11 @@ def test_int4_is_exported_for_minigpt_alone_and_evaluated_as_served(
     assert code == 0 and found["readable_by"] == "minigpt"
     reports = []
     for name in ("int4", "out"):
-        code, found, _ = minigpt(
+        code, found, error = minigpt(
             capsys, "evaluate", tmp_path / name, "--data", tiny_dataset, "--json",
-            "--out", tmp_path / f"{name}-report", *FAST,
+            "--out", tmp_path / f"{name}-evaluation", *FAST,
         )  # fmt: skip
-        assert code == 0
+        assert code == 0, error
         reports.append(found["metrics"]["bits_per_byte"])
     assert reports[0] == reports[1]
 
