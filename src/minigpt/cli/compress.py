@@ -95,6 +95,9 @@ def _print_result(result: Mapping[str, Any]) -> None:
         _spread(after["decode_tokens_per_second"]),
         describe_speed(Spread(**result["speedup"])),
     )
+    if (rounded := result["speedup_with_8_bit_activations"]) is not None:
+        words = describe_speed(Spread(**rounded))
+        table.add_row("  with engine.activation_bits=8", "", "", words)
     console = Console(highlight=False)
     groups = result["group_size"]
     method = result["method"] + (f" in groups of {groups}" if groups else "")

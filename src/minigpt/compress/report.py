@@ -90,6 +90,9 @@ class CompressionReport(Config):
     """Decode speed after over before, by pairs of neighbouring timings."""
     worth_it: bool = False
     """Whether every pair of timings was faster: what is not is not worth its error here."""
+    speedup_with_8_bit_activations: Spread | None = None
+    """As `speedup`, served with engine.activation_bits=8; null where the kernels don't serve. What
+    that rounds away is not in `after`."""
     basis: dict[str, str] = BASIS
 
 
@@ -134,6 +137,7 @@ def compression_report(
     assert settled.dtype != "auto" and settled.threads != "auto" and settled.device != "auto"
     speeds = _decode_speeds(engines, after.path, dataset, config)
     runners = engines[0].runner_name, engines[1].runner_name
+    rounded_speedup = _speedup_of_rounding(engines, after.path, dataset, config, engine_config)
     del engines
     scoring = EvaluateConfig(
         device=settled.device, dtype=settled.dtype, compressors=False,
@@ -143,7 +147,7 @@ def compression_report(
     old, new = measure(before, dataset, scoring), measure(after.path, dataset, scoring)
     change = paired_change("bits_per_byte", new.scores, old.scores, resampling(scoring))
     assert change is not None
-    speedup = Spread.of([b / a for a, b in zip(*speeds, strict=True)])
+    speedup = _speedup(speeds)
     report = CompressionReport(
         method=config.method,
         group_size=None if config.group_size == "auto" else config.group_size,
@@ -159,6 +163,7 @@ def compression_report(
         bits_per_byte_relative_change=Measured.of(change.difference.relative),
         speedup=speedup,
         worth_it=is_faster(speedup),
+        speedup_with_8_bit_activations=rounded_speedup,
     )
     parents = [parent for parent in (old.source, after, dataset) if parent is not None]
     with create_artifact(destination, kind="report", parents=parents, config=config) as draft:
@@ -199,6 +204,24 @@ def _decode_speeds(
         tokens=min(config.speed_tokens, limit - len(prompt)),
         batch=config.speed_batch,
     )
+
+
+def _speedup(speeds: Sequence[Sequence[float]]) -> Spread:
+    return Spread.of([after / before for before, after in zip(*speeds, strict=True)])
+
+
+def _speedup_of_rounding(
+    engines: list[Engine],
+    model: Path,
+    dataset: Artifact,
+    config: CompressConfig,
+    engine_config: EngineConfig,
+) -> Spread | None:
+    """Time 8-bit activations in place of the second engine, whose memory they take over."""
+    if engines.pop().activation_bits is None:
+        return None
+    engines.append(Engine.load(model, engine_config.replace(activation_bits=8)))
+    return _speedup(_decode_speeds(engines, model, dataset, config))
 
 
 def _side(found: Measurement, dtype: str, speeds: Sequence[float]) -> Side:

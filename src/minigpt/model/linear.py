@@ -137,7 +137,7 @@ def int4_linear(
     """
     rows = max(1, _BLOCK_ELEMENTS // inputs.shape[-1])
     parts = zip(*(torch.split(each, rows) for each in (weight, scale, zero)), strict=True)
-    products = [F.linear(inputs, dequantize_groups(*part, inputs.dtype)) for part in parts]
+    products = [F.linear(inputs, dequantize_groups(w, s, z, inputs.dtype)) for w, s, z in parts]
     outputs = products[0] if len(products) == 1 else torch.cat(products, -1)
     return outputs if bias is None else outputs + bias.to(outputs.dtype)
 
