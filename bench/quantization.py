@@ -107,6 +107,7 @@ def engine_config(form: Format, threads: int) -> EngineConfig:
         "dtype": "bfloat16",
         "threads": threads,
         "activation_bits": form.activation_bits,
+        "max_num_seqs": 8,
         "prefix_cache": False,
         "speculative": {"method": "none"},
     }

@@ -111,6 +111,9 @@ def test_eight_bit_activations_need_integer_weights(tiny_model: Path, tmp_path: 
     quantize_module(loaded.model)
     save_model(tmp_path, loaded.model, loaded.config, tokenizer_dir=tiny_model)
     assert plan(tmp_path).activation_bits == 8
+    config = config.replace(adapters=True)
+    with pytest.raises(ModelError, match="torch serves here: .*dtype = bfloat16, adapters = true"):
+        plan(tmp_path)
 
 
 def test_the_plan_is_what_the_engine_does(tiny_model: Path) -> None:

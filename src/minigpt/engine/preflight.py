@@ -73,7 +73,7 @@ def plan_memory(path: Path, config: EngineConfig, *, available: int, report: Rep
     weights = weight_bytes(headers, config, model)
     bits = activation_bits(config)
     quantized = not all(header.is_floating for header in headers)
-    check_activation_bits(bits, quantized=quantized, torch_serves=None)
+    check_activation_bits(bits, quantized=quantized, torch_serves=_torch_serves(config))
     draft = None
     if config.speculative.draft_model is not None:
         draft_path = Path(config.speculative.draft_model)
@@ -133,6 +133,14 @@ def weight_bytes(headers: list[TensorHeader], config: EngineConfig, model: Model
         quantized = any(not header.is_floating for header in headers)
         total += model.vocab_size * model.hidden_size * (1 if quantized else width)
     return total
+
+
+def _torch_serves(config: EngineConfig) -> str | None:
+    """Say why the kernels can't serve, as far as the configuration alone tells it."""
+    if config.device == "cpu" and config.dtype == "bfloat16" and not config.adapters:
+        return None
+    adapters = ", adapters = true" if config.adapters else ""
+    return f"device = {config.device}, dtype = {config.dtype}{adapters}"
 
 
 def _torch_has_cuda() -> bool:
