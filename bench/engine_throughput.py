@@ -7,7 +7,7 @@ never shared and nothing is warm but the allocator: one request is answered befo
 Nothing is drafted, for what random weights say soon repeats itself: see `bench.speculative`.
 
 Formulas: tokens/s = all generated tokens / wall time; TTFT = from add to the first token;
-ITL = the gaps between a sequence's tokens.
+ITL = the gaps between a sequence's tokens. Shares of the machine's limits: engine/utilization.py.
 
 Run it as `python -m bench.engine_throughput`.
 """
@@ -64,12 +64,13 @@ def main() -> None:
         for concurrency in arguments.concurrency
     ]
     header = ("concurrency x prompt", "tokens/s", "TTFT p50 ms", "TTFT p99 ms", "ITL p50 ms",
-              "ITL p99 ms")  # fmt: skip
+              "ITL p99 ms", "decode: bandwidth", "prefill: arithmetic")  # fmt: skip
     print_table(
         header,
         [
             (f"{row['concurrency']} x {row['prompt']}",
-             *(f"{row[k]:.1f}" for k in ("rate", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99")))
+             *(f"{row[k]:.1f}" for k in ("rate", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99")),
+             *(f"{row.get(k, 0):.0%}" for k in ("decode_bandwidth", "prefill_arithmetic")))
             for row in rows
         ],
     )  # fmt: skip
@@ -115,7 +116,9 @@ def make_engine(
     model = kind(model_config)
     model.init_weights(torch.Generator().manual_seed(0))
     model.to(device=config.device, dtype=getattr(torch, config.dtype)).eval()
-    return Engine(model, Letters(), config)
+    engine = Engine(model, Letters(), config)
+    engine.warm_up()
+    return engine
 
 
 def measure(
@@ -153,7 +156,13 @@ def measure(
                 add()
                 left -= 1
     seconds = time.perf_counter() - begin
-    return {"concurrency": concurrency, "prompt": prompt, **summarize(timelines, seconds)}
+    shares = {each.phase: each for each in engine.stats().utilization}
+    reached = {}
+    if shares:
+        reached["decode_bandwidth"] = shares["decode"].memory_bandwidth
+        reached["prefill_arithmetic"] = shares["prefill"].arithmetic
+    found = summarize(timelines, seconds)
+    return {"concurrency": concurrency, "prompt": prompt, **found, **reached}
 
 
 def summarize(timelines: dict[str, Timeline], seconds: float) -> dict[str, float]:

@@ -260,6 +260,23 @@ def test_an_answer_depends_on_its_prompt_alone(
         assert torch.equal(alone[key], together[key])
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_so_it_does_with_integer_weights(group_size: int | None, bits: Literal[8, 16]) -> None:
+    """Inputs are rounded row by row, whatever is beside a row."""
+    model = make_model(WIDE, quantized=True, group_size=group_size)
+    runner = NativeRunner(
+        model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=torch.bfloat16,
+        activation_bits=bits,
+    )  # fmt: skip
+    prompts = make_prompts([90, 40, 7, 33])
+    alone = compute(runner, prompts[:1], [60, *[1] * 29])
+    together = compute(runner, prompts, [5, 32, 1])
+    shared = [key for key in together if key in alone]
+    assert (0, 90) in shared
+    assert all(torch.equal(alone[key], together[key]) for key in shared)
+
+
 def test_rows_without_logits_are_computed_too() -> None:
     ours, _ = make_runners(make_model(BASE), torch.float32)
     sequence = Sequence.from_request(Request(id="0", prompt_token_ids=[1] * 20), 0, 0, seed=0)

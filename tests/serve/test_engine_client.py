@@ -34,9 +34,7 @@ class Engine:
 
     def __init__(self) -> None:
         clock = ManualClock()
-        self.monitor = ProgressMonitor(
-            clock, factor=10, floor_seconds=1, first_step_seconds=1, max_step_tokens=8
-        )
+        self.monitor = ProgressMonitor(clock, factor=10, floor_seconds=1, first_step_seconds=1)
         self.metrics = ServeMetrics("m")
         self.client = EngineClient(self.metrics, self.monitor, clock)
         self.sent: list[ToEngine] = []

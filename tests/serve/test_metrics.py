@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from minigpt.api.requests import Delta, EngineStats, Ready
+from minigpt.api.requests import Delta, EngineStats, Ready, Utilization
 from minigpt.serve.metrics import SequenceTimes, ServeMetrics
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ READY = Ready(
 )  # fmt: skip
 
 
-def stats(**changes: int) -> EngineStats:
-    values = {
+def stats(**changes: Any) -> EngineStats:
+    values: dict[str, Any] = {
         "step": 1, "running": 0, "waiting": 0, "kv_blocks_used": 0, "kv_blocks_total": 4,
         "prompt_tokens": 0, "generation_tokens": 0, "preemptions": 0,
         "last_step_prefill_tokens": 0, "last_step_decode_tokens": 0,
@@ -114,3 +114,19 @@ def test_a_request_moves_the_series(server: ServerProcess) -> None:
     assert server.metric("vllm:num_requests_running", model_name="tiny", engine="0") == 0
     assert server.metric("vllm:kv_cache_usage_perc") == 0
     assert server.metric("vllm:iteration_tokens_total_count") > 0
+
+
+def test_utilization_is_shown_by_phase_while_an_engine_serves() -> None:
+    metrics = ServeMetrics("m")
+    metrics.engine_started(READY)
+    shown = [
+        Utilization(phase="prefill", memory_bandwidth=0.1, arithmetic=0.6),
+        Utilization(phase="decode", memory_bandwidth=0.8, arithmetic=0.05),
+    ]
+    metrics.observe_stats(stats(utilization=shown), new_step=True)
+    for each in shown:
+        for name in ("memory_bandwidth", "arithmetic"):
+            series = f"minigpt:{name}_utilization"
+            assert value(metrics, series, phase=each.phase) == getattr(each, name)
+    metrics.engine_stopped()
+    assert value(metrics, "minigpt:memory_bandwidth_utilization", phase="decode") is None

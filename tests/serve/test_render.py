@@ -34,9 +34,7 @@ def tokenizer() -> Tokenizer:
 
 def job(echo: tuple[str, ...] = ()) -> Job:
     clock = ManualClock()
-    monitor = ProgressMonitor(
-        clock, factor=10, floor_seconds=1, first_step_seconds=1, max_step_tokens=8
-    )
+    monitor = ProgressMonitor(clock, factor=10, floor_seconds=1, first_step_seconds=1)
     client = EngineClient(ServeMetrics("m"), monitor, clock)
     client.connect(lambda message: None, READY)
     generation = client.submit([Request(id="r", prompt_token_ids=[1, 2], n=CHOICES)])

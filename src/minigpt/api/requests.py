@@ -128,6 +128,15 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, tag="delta"):
     """HTTP's status of it: 500 where it failed on its way, 4xx where it was refused."""
 
 
+class Utilization(msgspec.Struct, frozen=True, kw_only=True):
+    """Shares of the machine's measured limits that a phase's steps reach, 0 to 1."""
+
+    phase: str
+    """`decode`, or `prefill` where a step takes in any prompt."""
+    memory_bandwidth: float
+    arithmetic: float
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """The engine's counters and gauges; counters never go back within a process."""
 
@@ -151,6 +160,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """Tokens that were guessed and verified."""
     accepted_tokens: int = 0
     """Those that were right."""
+    largest_step_seconds: float = 0.0
+    """What the largest step that there can be is predicted to take; 0 before anything is known."""
+    utilization: list[Utilization] = []
+    """Of the latest steps; empty where the machine's limits were not measured."""
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

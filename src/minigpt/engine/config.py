@@ -67,8 +67,8 @@ class EngineConfig(Config):
     a prompt can delay the running streams. auto is 256 on a CPU and 2048 on a GPU."""
     inter_token_target_ms: Auto | PositiveFloat = "auto"
     """Most milliseconds of a step while streams run: each step takes in as much of the waiting
-    prompts as is predicted to fit, at least 16 tokens. auto follows the measured steps: 4 times
-    what the streams alone take, at least 50."""
+    prompts as is predicted to fit, at least 16 tokens. auto follows the measured steps: 3 times
+    what the streams alone take, at least 40."""
     prefix_cache: bool = True
     """Keep the blocks of finished sequences for those that begin with the same tokens."""
     speculative: SpeculativeConfig = SpeculativeConfig()
@@ -85,6 +85,10 @@ class EngineConfig(Config):
     adapters: bool = False
     """Take LoRA adapters while serving, which is torch's: the kernels are then left alone. Where
     torch serves anyway, adapters are taken whatever this says."""
+    batch_invariant: bool = False
+    """Serve only if an answer depends, to the last bit, on weights, tokenizer and request alone:
+    not on what shares its batch, how its prompt was chunked, cached or preempted, or on drafts.
+    The kernels compute so at no cost; where torch would serve, the engine refuses to start."""
     max_logprobs: int = Field(default=20, ge=0)
     """Most alternatives that a request may ask for with each token."""
     seed: int | None = None

@@ -11,10 +11,10 @@ from operator import mul, truediv
 
 MIN_CHUNK = 16
 """Tokens of prefill that a step computes at least, whatever the streams' target: prompts go on."""
-STREAM_FACTOR = 4.0
+STREAM_FACTOR = 3.0
 """Automatic target: with prefill a step may take this many times its decode alone, ..."""
-STREAM_SECONDS = 0.05
-"""... or as long as this, which is 20 tokens a second and faster than anyone reads."""
+STREAM_SECONDS = 0.04
+"""... or as long as this, which is 25 tokens a second and faster than anyone reads."""
 
 _MEMORY = 0.98
 """Weight of the past at each step: half of what is known is from the last 34 steps."""
@@ -23,6 +23,9 @@ _SURPRISE = 2.0
 of the machine says nothing of the work, ..."""
 _SURPRISES = 3
 """... unless it is at least the third in a row: then the machine has become slower."""
+_NOVICE_STEPS = 16
+"""The first steps, in which nothing is a surprise: a prediction from one or two steps is wrong by
+more than any pause."""
 _INERTIA = 1e-3
 """Weight of the present estimate, which holds what no recent step tells anything about."""
 _SWEEPS = 2
@@ -73,7 +76,8 @@ class StepCostModel:
             return
         terms = _terms(work)
         limit = _SURPRISE * self.predict(work)
-        self._surprises = self._surprises + 1 if seconds > limit else 0
+        surprised = seconds > limit and self._num_steps > _NOVICE_STEPS
+        self._surprises = self._surprises + 1 if surprised else 0
         if 0 < self._surprises < _SURPRISES and limit > 0:
             seconds = limit
         for i, x in enumerate(terms):
@@ -161,6 +165,19 @@ class StepPace:
 def prefill_pairs(start: int, length: int) -> int:
     """Return how many pairs tokens start .. start + length - 1 and those they see make."""
     return length * start + length * (length + 1) // 2
+
+
+def largest_step(max_tokens: int, max_rows: int, context_length: int) -> StepWork:
+    """Return a step of the most prefill at a context's end, beside the longest streams.
+
+    Args:
+        max_tokens: Budget of a step.
+        max_rows: Most sequences in it.
+        context_length: Most tokens of one.
+    """
+    prefill = min(max_tokens, context_length)
+    pairs = max_tokens // prefill * prefill_pairs(context_length - prefill, prefill)
+    return StepWork(max_tokens, pairs, max_rows, max_rows * context_length)
 
 
 def _terms(work: StepWork) -> tuple[float, ...]:

@@ -19,7 +19,7 @@ from minigpt.engine.batch import Chunk
 from minigpt.engine.blocks import BlockManager
 from minigpt.engine.choice import Sampled
 from minigpt.engine.config import EngineConfig
-from minigpt.engine.cost_model import Pacer
+from minigpt.engine.cost_model import Pacer, largest_step
 from minigpt.engine.draft_model import DraftModel
 from minigpt.engine.fairness import FairQueue
 from minigpt.engine.host import environment, free_memory
@@ -35,7 +35,9 @@ from minigpt.engine.shaping import Shaping
 from minigpt.engine.speculative import Speculator, keep_right
 from minigpt.engine.structured import GrammarCompiler
 from minigpt.engine.swap import Exchange, Host
+from minigpt.engine.utilization import UtilizationMeter, WorkSize
 from minigpt.engine.validate import check_request
+from minigpt.engine.warmup import measure_limits, warm_up, weight_bytes
 from minigpt.engine.weights import HeldWeights
 from minigpt.model.decoder import Decoder
 
@@ -107,6 +109,10 @@ class Engine:
             "block_size": config.block_size,
             "dtype": getattr(torch, config.dtype),
         }
+        self._work_size = WorkSize.of(
+            model.config, weight_bytes(model), per_block // config.block_size
+        )
+        self._meter: UtilizationMeter | None = None
         self._weights = HeldWeights(
             model_id,
             make_runner(
@@ -125,6 +131,9 @@ class Engine:
         self._requests: dict[str, list[Sequence]] = {}
         """The unfinished sequences of each request."""
         self._pending: list[Delta] = []
+        self._largest_step = largest_step(
+            config.max_batched_tokens, config.max_num_seqs, config.context_length
+        )
         self._arrivals = itertools.count()
         self._seeds = random.Random(config.seed)
         self._steps = 0
@@ -164,8 +173,17 @@ class Engine:
             model_id=loaded.id,
             clock=clock,
         )
+        engine.warm_up()
         engine._load_seconds = clock.monotonic() - started
         return engine
+
+    def warm_up(self) -> None:
+        """Learn what steps take and what the machine can do; only before the first request."""
+        run, weights = self._weights.run, self._weights.current
+        warm_up(run, self._pacer.model, self.config, weights, self._clock)
+        limits = measure_limits(self.config)
+        if limits is not None and not self._model_config.num_experts:
+            self._meter = UtilizationMeter(self._work_size, limits)
 
     @property
     def runner_name(self) -> str:
@@ -274,6 +292,8 @@ class Engine:
         self._steps += 1
         seconds = self._clock.monotonic() - started
         self._pacer.model.observe(batch.work, seconds)
+        if self._meter is not None:
+            self._meter.observe(batch.work, seconds)
         decode = batch.num_decode_tokens
         self._last_step = (seconds, batch.num_tokens - decode, decode)
         if not self._scheduler.has_work:
@@ -319,6 +339,8 @@ class Engine:
             prefix_cache_hits=self._scheduler.num_prefix_hits,
             drafted_tokens=0 if self._speculator is None else self._speculator.num_drafted,
             accepted_tokens=0 if self._speculator is None else self._speculator.num_accepted,
+            largest_step_seconds=self._pacer.model.predict(self._largest_step),
+            utilization=[] if self._meter is None else self._meter.read(),
         )
 
     def ready(self) -> Ready:

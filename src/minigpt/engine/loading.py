@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from minigpt.core.errors import ConfigError
 from minigpt.core.machine import describe_machine
 from minigpt.core.storage import is_remote
 from minigpt.data.tokenizer import Tokenizer
@@ -44,7 +45,8 @@ def load(path: str | Path, config: EngineConfig, report: Report) -> Loaded:
     Raises:
         ModelError: No usable weights there, they do not fit in memory, or the tokenizer does not
             fit the model.
-        ConfigError: The KV cache can't hold one context, or no such device is there.
+        ConfigError: The KV cache can't hold one context, no such device is there, or answers that
+            do not depend on their batch are asked for where only the kernels give them.
     """
     config = resolve_numerics(
         config, describe_machine(), cuda=torch.cuda.is_available(), report=report
@@ -68,5 +70,11 @@ def load(path: str | Path, config: EngineConfig, report: Report) -> Loaded:
     )
     dtype: torch.dtype = getattr(torch, config.dtype)
     reason = not_covered(loaded.model, dtype, config.block_size, adapters=config.adapters)
+    if config.batch_invariant and reason is not None:
+        raise ConfigError(
+            "batch_invariant = true is what the kernels keep, and they can't serve this model: "
+            f"{reason}",
+            remedy="serve without batch_invariant, or as the kernels can: see docs/kernels.md",
+        )
     report("runner = kernels" if reason is None else f"runner = torch: {reason}")
     return Loaded(loaded.model, draft, tokenizer, config, loaded.id)

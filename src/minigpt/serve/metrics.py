@@ -86,6 +86,16 @@ class ServeMetrics:
         self._accepted = self._counter(
             "vllm:spec_decode_num_accepted_tokens", "Drafted tokens that were right."
         )
+        self._bandwidth = Gauge(
+            "minigpt:memory_bandwidth_utilization",
+            "Bytes that recent steps read over what the machine can read, 0 to 1.",
+            (*_LABELS, "phase"), registry=self.registry,
+        )  # fmt: skip
+        self._arithmetic = Gauge(
+            "minigpt:arithmetic_utilization",
+            "Operations of recent steps over what the machine can do, 0 to 1.",
+            (*_LABELS, "phase"), registry=self.registry,
+        )  # fmt: skip
         self._step_tokens = self._histogram(
             "vllm:iteration_tokens_total", "Tokens computed in a step.", _TOKENS
         )
@@ -144,6 +154,8 @@ class ServeMetrics:
         """Forget the gauges of an engine process that is gone."""
         for gauge in (self.engine_up, self._running, self._waiting, self._cache_usage):
             gauge.set(0)
+        self._bandwidth.clear()
+        self._arithmetic.clear()
 
     def observe_stats(self, stats: EngineStats, *, new_step: bool) -> None:
         """Take over the engine's gauges and what its counters gained."""
@@ -157,6 +169,10 @@ class ServeMetrics:
         self._prefix_hits.inc(stats.prefix_cache_hits - self._last.prefix_cache_hits)
         self._drafted.inc(stats.drafted_tokens - self._last.drafted_tokens)
         self._accepted.inc(stats.accepted_tokens - self._last.accepted_tokens)
+        for phase in stats.utilization:
+            labels = (*self._labels, phase.phase)
+            self._bandwidth.labels(*labels).set(phase.memory_bandwidth)
+            self._arithmetic.labels(*labels).set(phase.arithmetic)
         self._last = stats
         if new_step:
             self._step_tokens.observe(

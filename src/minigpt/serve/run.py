@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _CLOSE_SECONDS = 5
 """After the drain, how long a client may take to read what is left for it."""
-_DEFAULT_STEP_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -148,13 +147,11 @@ class _ApiServer:
         self._began = began
         self._on_ready = on_ready
         self._log = get_logger("serve")
-        step_tokens = config.engine.max_batched_tokens
         self._monitor = ProgressMonitor(
             SystemClock(),
             factor=config.stall_factor,
             floor_seconds=config.stall_floor_seconds,
             first_step_seconds=config.first_step_seconds,
-            max_step_tokens=_DEFAULT_STEP_TOKENS if step_tokens == "auto" else step_tokens,
         )
         self._metrics = ServeMetrics(name)
         self._client = EngineClient(self._metrics, self._monitor, SystemClock())
