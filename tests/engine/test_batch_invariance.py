@@ -85,7 +85,9 @@ def _bits(answer: Answer) -> list[Any]:
     return [answer.token_ids, *(token for delta in answer.deltas for token in delta.logprobs or ())]
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     load=loads,
     family=st.sampled_from(sorted(FAMILIES)),

@@ -101,6 +101,8 @@ def _print_plan(path: Path, plan: Preflight) -> None:
     ranks = plan.tensor_parallel_size
     each = "" if ranks == 1 else f", on each of {ranks} ranks"
     typer.echo(f"fits: {path} in {plan.dtype} on {plan.device}{each}")
+    if plan.activation_bits == 8:
+        typer.echo("  activations                           8 bits, before integer weights")
     typer.echo(f"  free memory            {plan.available_bytes:>16,} bytes")
     typer.echo(f"  weights                {plan.weight_bytes:>16,} bytes")
     typer.echo(f"  KV cache               {plan.kv_cache_bytes:>16,} bytes")

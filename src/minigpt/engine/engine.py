@@ -29,7 +29,7 @@ from minigpt.engine.parallel import RankError, Ranks
 from minigpt.engine.parallel_runner import ParallelRunner
 from minigpt.engine.prefix_cache import prefix_root
 from minigpt.engine.prompt import Observer
-from minigpt.engine.resolve import kv_bytes_per_token
+from minigpt.engine.resolve import activation_bits, kv_bytes_per_token
 from minigpt.engine.sampler import sample
 from minigpt.engine.scheduler import Scheduler
 from minigpt.engine.sequence import Sequence
@@ -54,7 +54,7 @@ class Engine:
             for delta in engine.step(): ...
 
     Args:
-        model: In eval mode, on its device, in the config's dtype (int8 weights stay int8). The
+        model: In eval mode, on its device, in the config's dtype (integer weights stay so). The
             engine takes its weights: it is not to be used beside it.
         vocabulary: Turns tokens into bytes.
         config: With every "auto" settled; see `resolve`.
@@ -121,7 +121,9 @@ class Engine:
         self._meter: UtilizationMeter | None = None
         runner: Runner
         if ranks is None:
-            runner = make_runner(model, **cache, adapters=config.adapters)
+            runner = make_runner(
+                model, **cache, adapters=config.adapters, activation_bits=activation_bits(config)
+            )
         else:
             runner = ParallelRunner.with_cache(model, ranks, **cache)
         self._weights = HeldWeights(model_id, runner)
@@ -199,6 +201,11 @@ class Engine:
     def runner_name(self) -> str:
         """What multiplies: `kernels` or `torch`."""
         return self._weights.runner.name
+
+    @property
+    def activation_bits(self) -> int | None:
+        """To what the inputs of integer weights are rounded; None where nothing is."""
+        return self._weights.runner.activation_bits
 
     @property
     def has_work(self) -> bool:

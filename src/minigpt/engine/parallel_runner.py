@@ -44,6 +44,7 @@ class ParallelRunner:
     """
 
     name: ClassVar[str] = "torch"
+    activation_bits = None
 
     def __init__(
         self, ranks: Ranks, group: RankGroup, model: Decoder, cache: KVCache, number: int

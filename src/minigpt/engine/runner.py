@@ -40,6 +40,7 @@ class ModelRunner:
     """
 
     name: ClassVar[str] = "torch"
+    activation_bits = None
 
     def __init__(
         self, model: Decoder, cache: KVCache, *, guesses: bool = False, head: Head | None = None
