@@ -34,10 +34,9 @@ from minigpt.kernels.linear import (
     pack_bfloat16,
     pack_int4,
     pack_int8,
-    quantize_int4,
 )
 from minigpt.kernels.roofline import Arithmetic, peak, read_bandwidth
-from minigpt.model.linear import quantize_rows
+from minigpt.model.linear import quantize_groups, quantize_rows
 
 # (N, K) of the 124M and the 429M model of bench.engine_throughput.
 SHAPES = [
@@ -70,11 +69,11 @@ def implementations(out_features: int, in_features: int, cold: int) -> list[Impl
     """Make every implementation's copies of one random weight, `cold` bytes of each kind."""
     weight = (torch.randn(out_features, in_features) / in_features**0.5).bfloat16()
     int8, scale8 = quantize_rows(weight)
-    codes, scale4 = quantize_int4(weight, INT4_GROUP)
+    codes, scale4, zero = quantize_groups(weight, INT4_GROUP)
     ours = {
         "bf16": pack_bfloat16(weight),
         "int8": pack_int8(int8, scale8),
-        "int4": pack_int4(codes, scale4, None),
+        "int4": pack_int4(codes, scale4, zero),
     }
     made = [
         *_torch_bf16(weight, cold),

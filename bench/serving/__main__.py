@@ -26,7 +26,12 @@ from bench.serving import models, peers, venvs
 from bench.serving.client import measure
 from minigpt.core.machine import usable_cores
 
-PEERS = ("minigpt", "minigpt-int8", "vllm", "llama-bf16", "llama-8", "llama-4", "transformers")
+PEERS = (
+    "minigpt", "minigpt-int8", "minigpt-w8a8", "minigpt-int4",
+    "vllm", "llama-bf16", "llama-8", "llama-4", "transformers",
+)  # fmt: skip
+INT4_GROUP = 32
+"""As many weights share a scale in llama.cpp's Q4_0."""
 
 
 def main() -> None:
@@ -88,8 +93,16 @@ def make_servers(arguments: argparse.Namespace, shape: str) -> list[peers.Server
     makers: dict[str, Callable[[], peers.Server]] = {
         "minigpt": lambda: peers.minigpt(model, *arguments.set),
         "minigpt-int8": lambda: peers.minigpt(
-            models.make_int8(home / f"{shape}-int8", model), *arguments.set,
+            models.make_quantized(home / f"{shape}-int8", model), *arguments.set,
             name="minigpt int8",
+        ),
+        "minigpt-w8a8": lambda: peers.minigpt(
+            models.make_quantized(home / f"{shape}-int8", model), *arguments.set,
+            "engine.activation_bits=8", name="minigpt w8a8",
+        ),
+        "minigpt-int4": lambda: peers.minigpt(
+            models.make_quantized(home / f"{shape}-int4", model, INT4_GROUP), *arguments.set,
+            name="minigpt int4",
         ),
         "vllm": lambda: peers.vllm(model, vllm),
         "transformers": lambda: peers.transformers(model, cores, plain),

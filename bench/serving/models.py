@@ -67,15 +67,15 @@ def make_model(directory: Path, shape: str) -> Path:
     return directory
 
 
-def make_int8(directory: Path, source: Path) -> Path:
-    """Quantize the model by `minigpt compress`' own layer format, without a calibration run."""
+def make_quantized(directory: Path, source: Path, group_size: int | None = None) -> Path:
+    """Quantize the model as `minigpt compress` does: int8, or int4 in groups."""
     if (directory / "complete").exists():
         return directory
     from minigpt.model.linear import quantize_module
     from minigpt.model.weights import load_model, save_model
 
     loaded = load_model(source, dtype="bfloat16")
-    quantize_module(loaded.model)
+    quantize_module(loaded.model, group_size)
     save_model(directory, loaded.model, loaded.config, source)
     (directory / "complete").touch()
     return directory

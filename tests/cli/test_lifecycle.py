@@ -90,6 +90,37 @@ def test_compress_reports_what_it_measured(
     assert (tmp_path / "int8-report" / "manifest.json").is_file()
 
 
+def test_int4_is_exported_for_minigpt_alone_and_evaluated_as_served(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    code, found, _ = minigpt(
+        capsys, "compress", tiny_model, "--data", tiny_dataset, "--out", tmp_path / "int4",
+        "--method", "int4", "--json", "--set", "group_size=64", "--set", "speed_tokens=4",
+        "--set", "speed_repeats=2", "--set", "max_documents=4", *FAST,
+    )  # fmt: skip
+    assert code == 0
+    assert (found["method"], found["group_size"]) == ("int4", 64)
+    assert found["worth_it"] == (found["speedup"]["low"] > 1) and len(found["runners"]) == 2
+    code, _, error = minigpt(
+        capsys, "compress", tiny_model, "--data", tiny_dataset, "--out", tmp_path / "int8",
+        "--set", "group_size=64",
+    )  # fmt: skip
+    assert code == 2 and "group_size = 64 with method = int8" in error
+    code, found, _ = minigpt(
+        capsys, "models", "export", tmp_path / "int4", "--out", tmp_path / "out", "--json"
+    )
+    assert code == 0 and found["readable_by"] == "minigpt"
+    reports = []
+    for name in ("int4", "out"):
+        code, found, error = minigpt(
+            capsys, "evaluate", tmp_path / name, "--data", tiny_dataset, "--json",
+            "--out", tmp_path / f"{name}-evaluation", *FAST,
+        )  # fmt: skip
+        assert code == 0, error
+        reports.append(found["metrics"]["bits_per_byte"])
+    assert reports[0] == reports[1]
+
+
 def test_from_registration_to_champion_and_back_out(
     capsys: pytest.CaptureFixture[str],
     tiny_model: Path,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from minigpt.compress.config import CompressConfig
-from minigpt.compress.quantize import quantize_int8
+from minigpt.compress.quantize import quantize
 from minigpt.compress.report import (
     COMPRESSION_FILE,
     CompressionReport,
@@ -19,6 +19,7 @@ from minigpt.core.config import from_mapping
 from minigpt.core.errors import ArtifactError
 from minigpt.evaluate.config import EvaluateConfig
 from minigpt.evaluate.run import measure
+from minigpt.kernels import library
 
 CONFIG = CompressConfig(
     dtype="float32", speed_repeats=2, speed_tokens=4, speed_batch=2, bootstrap_samples=200,
@@ -28,7 +29,7 @@ CONFIG = CompressConfig(
 
 def test_report_compares_both_models(tiny_model: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     dataset = open_artifact(tiny_dataset)
-    after = quantize_int8(tiny_model, tmp_path / "int8")
+    after = quantize(tiny_model, tmp_path / "int8")
     made = compression_report(tiny_model, after, dataset, tmp_path / "report", CONFIG)
     found = from_mapping(CompressionReport, json.loads((made.path / COMPRESSION_FILE).read_text()))
     before = open_artifact(tiny_model)
@@ -52,6 +53,8 @@ def test_report_compares_both_models(tiny_model: Path, tiny_dataset: Path, tmp_p
     assert change.estimate == pytest.approx(expected)
     assert change.low is not None and change.high is not None and change.low <= change.estimate
     assert made.manifest.metrics["speedup"] == found.speedup.median
+    assert found.worth_it == (found.speedup.low > 1)
+    assert found.runners == ("torch", "torch") and found.speedup_with_8_bit_activations is None
     with pytest.raises(ArtifactError, match="exists"):
         compression_report(tiny_model, after, dataset, tmp_path / "report", CONFIG)
 
@@ -59,10 +62,25 @@ def test_report_compares_both_models(tiny_model: Path, tiny_dataset: Path, tmp_p
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ([0.7, 0.8, 0.9], "slower here: 0.80x"),
+        ([0.7, 0.8, 0.9], "not worth it here: slower, 0.80x"),
         ([1.2, 1.3, 1.4], "faster here: 1.30x"),
-        ([0.9, 1.1, 1.2], "no clear difference here: 1.10x (0.90-1.20)"),
+        ([0.9, 1.1, 1.2], "not worth it here: no clear difference, 1.10x (0.90-1.20)"),
     ],
 )
 def test_slower_is_called_slower(values: list[float], said: str) -> None:
     assert describe_speed(Spread.of(values)) == said
+
+
+@pytest.mark.skipif(library.loaded() is None, reason="no kernels here")
+def test_speed_is_that_of_the_kernels_which_serve(
+    tiny_model: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.replace(method="int4", dtype="bfloat16", speed_batch=1)
+    after = quantize(tiny_model, tmp_path / "int4", config)
+    dataset = open_artifact(tiny_dataset)
+    made = compression_report(tiny_model, after, dataset, tmp_path / "report", config)
+    found = from_mapping(CompressionReport, json.loads((made.path / COMPRESSION_FILE).read_text()))
+    assert (found.method, found.group_size, found.batch) == ("int4", 32, 1)
+    assert found.runners == ("kernels", "kernels")
+    rounded = found.speedup_with_8_bit_activations
+    assert rounded is not None and 0 < rounded.low <= rounded.median

@@ -11,7 +11,7 @@ from tests.engine.swapping import Answers, config, fresh, make_adapter, other_mo
 
 from minigpt.api.requests import SamplingParams
 from minigpt.compress.config import CompressConfig
-from minigpt.compress.quantize import quantize_int8
+from minigpt.compress.quantize import quantize
 from minigpt.core.artifact import create_artifact, open_artifact
 from minigpt.core.errors import ArtifactError, MinigptError, RequestError
 from minigpt.engine.adapters import AdaptedLinear
@@ -122,11 +122,12 @@ def test_adapters_stay_with_the_weights_that_they_were_loaded_onto(
     assert found.finish()["before"] == merged["attention"]
 
 
-def test_an_int8_base_and_bfloat16_serve_adapters(
+def test_integer_bases_and_bfloat16_serve_adapters(
     tiny_model: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    int8 = quantize_int8(tiny_model, tmp_path / "int8", CompressConfig()).path
-    for path, dtype in ((int8, "float32"), (tiny_model, "bfloat16")):
+    int8 = quantize(tiny_model, tmp_path / "int8", CompressConfig()).path
+    int4 = quantize(tiny_model, tmp_path / "int4", CompressConfig(method="int4")).path
+    for path, dtype in ((int8, "float32"), (int4, "float32"), (tiny_model, "bfloat16")):
         engine = Engine.load(path, config(dtype=dtype, adapters=True))
         engine.load_adapter("mlp", adapters["mlp"])
         found = Answers(engine)

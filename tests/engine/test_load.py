@@ -61,14 +61,20 @@ def test_artifact_is_served(
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-4), ("bfloat16", 0.5)])
-def test_int8_model_is_served_as_it_is(
-    tiny_model: Path, tmp_path: Path, run: Callable[..., Any], dtype: str, limit: float
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_a_quantized_model_is_served_as_it_is(
+    tiny_model: Path,
+    tmp_path: Path,
+    run: Callable[..., Any],
+    dtype: str,
+    limit: float,
+    group_size: int | None,
 ) -> None:
     loaded = load_model(tiny_model)
-    quantize_module(loaded.model)
-    save_model(tmp_path / "int8", loaded.model, loaded.config, tokenizer_dir=tiny_model)
-    answer = _ask(tmp_path / "int8", dtype, run)
-    assert _logprob_error(tmp_path / "int8", dtype, answer) < limit
+    quantize_module(loaded.model, group_size)
+    save_model(tmp_path / "small", loaded.model, loaded.config, tokenizer_dir=tiny_model)
+    answer = _ask(tmp_path / "small", dtype, run)
+    assert _logprob_error(tmp_path / "small", dtype, answer) < limit
 
 
 def test_ready_names_the_artifact(tiny_model: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from minigpt.cli.main import run
 from minigpt.compress.config import CompressConfig
-from minigpt.compress.quantize import quantize_int8
+from minigpt.compress.quantize import quantize
 from minigpt.core.artifact import lineage, open_artifact
 from minigpt.core.errors import ArtifactError, DataError
 from minigpt.engine.config import ParityConfig
@@ -39,7 +39,7 @@ def report(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def int8(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("int8") / "model"
-    return quantize_int8(tiny_model, out, CompressConfig()).path
+    return quantize(tiny_model, out, CompressConfig()).path
 
 
 def row(report: ParityReport, served: str, reference: str) -> ParityRow:
@@ -148,3 +148,26 @@ def test_the_command(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert run([*command, str(tmp_path / "b")]) == 0
     assert "100.00%" in capsys.readouterr().out
     assert run([*command, str(tmp_path / "b")]) == 2
+
+
+@pytest.mark.skipif(library.loaded() is None, reason="no kernels here")
+def test_integer_formats_are_certified_by_name(tiny_model: Path, tmp_path: Path) -> None:
+    """Int4 served by the kernels is what its own forward pass says, as near as bf16 is."""
+    int4 = quantize(tiny_model, tmp_path / "int4", CompressConfig(method="int4")).path
+    config = CONFIG.replace(dtypes=("bfloat16",), engine=CONFIG.engine.replace(activation_bits=16))
+    eight = config.replace(engine=config.engine.replace(activation_bits=8))
+    plain, w4a16, w4a8 = (
+        row(load_parity(certify(model, tmp_path / name, settings)), "bfloat16", "float32")
+        for name, model, settings in (
+            ("plain", tiny_model, config),
+            ("w4a16", int4, config),
+            ("w4a8", int4, eight),
+        )
+    )
+    assert (plain.quantization, plain.activation_bits) == ("none", None)
+    assert (w4a16.quantization, w4a16.activation_bits) == ("int4", 16)
+    assert (w4a8.quantization, w4a8.activation_bits) == ("int4", 8)
+    assert w4a16.runner == w4a8.runner == "kernels"
+    assert plain.prefill.mean_kl and w4a16.prefill.mean_kl and w4a8.prefill.mean_kl
+    assert w4a16.prefill.mean_kl < 1.5 * plain.prefill.mean_kl < w4a8.prefill.mean_kl
+    assert w4a16.decode.greedy_agreement > 0.8

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minigpt.core.errors import ConfigError, ModelError
 from minigpt.engine.config import EngineConfig
@@ -23,13 +24,13 @@ def _config(**changes: Any) -> EngineConfig:
     return EngineConfig.model_validate(settings | changes)
 
 
-@pytest.fixture(params=["plain", "int8", "sharded"])
+@pytest.fixture(params=["plain", "int8", "int4", "sharded"])
 def model(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> Path:
     if request.param == "plain":
         return tiny_model
     loaded = load_model(tiny_model)
-    if request.param == "int8":
-        quantize_module(loaded.model)
+    if request.param in ("int8", "int4"):
+        quantize_module(loaded.model, 32 if request.param == "int4" else None)
     shard = 20_000 if request.param == "sharded" else 1 << 30
     save_model(
         tmp_path / "m", loaded.model, loaded.config, tokenizer_dir=tiny_model, max_shard_bytes=shard
@@ -61,6 +62,58 @@ def test_a_tied_output_projection_is_packed_beside_the_embedding(tmp_path: Path)
     assert loaded.lm_head is None
     pack_weights(loaded)
     assert loaded.lm_head is not None
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_quantized_weights_take_what_the_kernels_hold(
+    group_size: int | None, tmp_path: Path
+) -> None:
+    """Tied too: the kernels pack an int8 copy of the embedding as output projection."""
+    from minigpt.engine.native import NativeRunner
+    from minigpt.kernels import library
+    from minigpt.model.config import ModelConfig
+    from minigpt.model.decoder import Decoder
+
+    if library.loaded() is None:
+        pytest.skip("no kernels here")
+    config = ModelConfig(
+        vocab_size=320, num_layers=1, hidden_size=128, num_heads=4, num_kv_heads=2, head_dim=32,
+        intermediate_size=256, context_length=64, tie_embeddings=True, qk_norm=False,
+    )  # fmt: skip
+    model = Decoder(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    quantize_module(model, group_size)
+    save_model(tmp_path, model, config)
+    counted = weight_bytes(read_headers(weight_files(tmp_path)), _config(dtype="bfloat16"), config)
+    loaded = load_model(tmp_path, dtype="bfloat16").model
+    runner = NativeRunner(loaded, num_blocks=1, block_size=16, dtype=torch.bfloat16)
+    plan = runner._step._plan
+    products = [getattr(plan.layers[0], name) for name in ("qkv", "output", "up", "down")]
+    held = sum(product.nbytes for product in (*products, plan.head))
+    held += sum(
+        value.nbytes for value in loaded.state_dict().values() if value.device.type != "meta"
+    )
+    # Scales of int8 are bf16 in files and float32 in the kernels, the head's besides the
+    # embedding's; two norms are the plan's now.
+    columns = 0 if group_size else sum(product.out_features for product in products)
+    assert held == counted + 2 * columns + 4 * config.vocab_size - 2 * 2 * config.hidden_size
+
+
+def test_eight_bit_activations_need_integer_weights(tiny_model: Path, tmp_path: Path) -> None:
+    config = _config(dtype="bfloat16", activation_bits=8)
+
+    def plan(path: Path) -> Any:
+        return plan_memory(path, config, available=1 << 30, report=lambda line: None)
+
+    with pytest.raises(ModelError, match=r"activation_bits = 8 .* the model has none .*compress"):
+        plan(tiny_model)
+    loaded = load_model(tiny_model)
+    quantize_module(loaded.model)
+    save_model(tmp_path, loaded.model, loaded.config, tokenizer_dir=tiny_model)
+    assert plan(tmp_path).activation_bits == 8
+    config = config.replace(adapters=True)
+    with pytest.raises(ModelError, match="torch serves here: .*dtype = bfloat16, adapters = true"):
+        plan(tmp_path)
 
 
 def test_the_plan_is_what_the_engine_does(tiny_model: Path) -> None:

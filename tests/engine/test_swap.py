@@ -20,7 +20,8 @@ from minigpt.engine.engine import Engine
 from minigpt.engine.llm import LLM
 from minigpt.engine.runner import ModelRunner
 from minigpt.kernels import library
-from minigpt.model.weights import load_model
+from minigpt.model.linear import quantize_module
+from minigpt.model.weights import load_model, save_model
 
 PROMPTS = {f"p{number}": f"The old river {number} followed" for number in range(4)}
 
@@ -77,8 +78,16 @@ def test_answers_before_during_and_after_are_those_of_fresh_engines(
 
 
 @pytest.mark.skipif(library.loaded() is None, reason="no kernels here")
-def test_the_kernels_swap_too(tiny_model: Path, other: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_kernels_swap_too(
+    tiny_model: Path, other: Path, tmp_path: Path, quantized: bool
+) -> None:
     """The bits of the kernels' answers don't depend on the batch, so that they can be compared."""
+    if quantized:
+        loaded = load_model(other)
+        quantize_module(loaded.model, group_size=32)
+        other = tmp_path / "int4"
+        save_model(other, loaded.model, loaded.config, tokenizer_dir=tiny_model)
     settings: dict[str, Any] = {"dtype": "bfloat16", "block_size": 16}
     old, new = (fresh(path, PROMPTS, **settings) for path in (tiny_model, other))
     engine = Engine.load(tiny_model, config(**settings))

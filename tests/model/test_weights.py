@@ -18,7 +18,8 @@ from minigpt.core.errors import ArtifactError, ModelError, StorageError
 from minigpt.model.attention import CausalAttention
 from minigpt.model.config import ModelConfig
 from minigpt.model.decoder import Decoder
-from minigpt.model.linear import Int8Embedding, Int8Linear, quantize_module
+from minigpt.model.hf import quantization
+from minigpt.model.linear import Int4Linear, Int8Embedding, Int8Linear, quantize_module
 from minigpt.model.weights import check_vocab, load_model, save_model
 
 WEIGHTS = "model.safetensors"
@@ -224,18 +225,29 @@ def test_a_configuration_of_no_family_survives(tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("group_size", [None, 32])
 def test_quantized_models_load_like_any_other(
-    family: str, dtype: str, hf_directory: Callable[[str], Path], tmp_path: Path
+    family: str,
+    dtype: str,
+    group_size: int | None,
+    hf_directory: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     original = load_model(hf_directory(family), dtype=dtype)
-    quantize_module(original.model)
-    save_model(tmp_path / "int8", original.model, original.config)
-    loaded = load_model(tmp_path / "int8")
+    quantize_module(original.model, group_size)
+    save_model(tmp_path / "small", original.model, original.config)
+    loaded = load_model(tmp_path / "small")
     kinds = [type(module) for module in loaded.model.modules()]
     assert torch.nn.Linear not in kinds
-    assert Int8Linear in kinds
+    assert (Int8Linear if group_size is None else Int4Linear) in kinds
     assert Int8Embedding in kinds
     assert loaded.config == original.config
+    found = loaded.model.state_dict()
+    for name, tensor in original.model.state_dict().items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+    tree = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert quantization(tree) == ("int8" if group_size is None else "int4")
+    assert tree["quantization_config"].get("group_size") == group_size
 
     tokens, positions = torch.arange(20)[None], torch.arange(20)[None]
     attention = CausalAttention(sliding_window=loaded.config.sliding_window)

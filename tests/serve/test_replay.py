@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.engine.swapping import make_adapter, other_model
 
+from minigpt.api.requests import Request, SamplingParams
 from minigpt.cli.main import run
+from minigpt.compress.config import CompressConfig
+from minigpt.compress.quantize import quantize
+from minigpt.engine.config import EngineConfig
+from minigpt.engine.engine import Engine
+from minigpt.kernels import library
+from minigpt.serve.replay import _fingerprint, find_answers, replay
+from minigpt.serve.replay_log import ReplayLog
 
 if TYPE_CHECKING:
     from tests.serve.conftest import StartServer
@@ -128,3 +136,27 @@ def test_an_answer_that_was_another_is_found_out(
     assert found["notes"][0].startswith("torch was '1.0', is ")
     assert run(["replay", responses["drawn"]["id"], *options]) == 1
     assert "differs: " in capsys.readouterr().out
+
+
+@pytest.mark.skipif(library.loaded() is None, reason="no kernels here")
+@pytest.mark.parametrize("bits", [8, 16])
+def test_integer_weights_are_replayed_with_their_activation_bits(
+    bits: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    small = quantize(tiny_model, tmp_path / "small", CompressConfig(method="int4")).path
+    settings = {"device": "cpu", "dtype": "bfloat16", "threads": 1, "activation_bits": bits}
+    engine = Engine.load(small, EngineConfig.model_validate(settings))
+    log = ReplayLog(
+        tmp_path / "log", 1 << 20, model="small", tokenizer=_fingerprint(engine), seed=0
+    )
+    sampling = SamplingParams(max_tokens=30, temperature=0.9, ignore_eos=True)
+    asked = Request(id="r", prompt_token_ids=list(b"The old river"), sampling=sampling)
+    engine.add(log.begin(asked, engine.ready()))
+    while engine.has_work:
+        for delta in engine.step():
+            log.observe(delta)
+    log.close()
+    logged = find_answers(tmp_path / "log", "r")
+    assert json.loads(logged[0][1].config)["activation_bits"] == bits
+    (found,), notes = replay(logged, small, None)
+    assert found.identical and notes == []

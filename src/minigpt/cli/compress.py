@@ -42,7 +42,7 @@ def compress(
     data: Annotated[
         str, typer.Option(metavar="DATASET", help="Measure both on its held-out documents.")
     ],
-    method: Annotated[str | None, typer.Option(help="Same as --set method.")] = None,
+    method: Annotated[str | None, typer.Option(help="int8 or int4. Same as --set method.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of the keys below.")] = None,
     overrides: SetOption = None,
     json: JsonOption = False,
@@ -52,7 +52,7 @@ def compress(
     assignments = list(overrides or ())
     assignments += [] if method is None else [f"method={method}"]
     settings = load_config(CompressConfig, config, assignments)
-    from minigpt.compress.quantize import quantize_int8
+    from minigpt.compress.quantize import quantize
     from minigpt.compress.report import COMPRESSION_FILE, compression_report
     from minigpt.evaluate.run import check_free
 
@@ -60,7 +60,7 @@ def compress(
     check_free(report_path)
     path = resolve_model(model)
     dataset = open_artifact(data, kind="dataset")
-    made = quantize_int8(path, out, settings)
+    made = quantize(path, out, settings)
     report = compression_report(path, made, dataset, report_path, settings)
     content = json_module.loads((report.path / COMPRESSION_FILE).read_text(encoding="utf-8"))
     result = {"uri": made.uri, "id": made.id, "report": report.uri, **content}
@@ -95,10 +95,16 @@ def _print_result(result: Mapping[str, Any]) -> None:
         _spread(after["decode_tokens_per_second"]),
         describe_speed(Spread(**result["speedup"])),
     )
+    if (rounded := result["speedup_with_8_bit_activations"]) is not None:
+        words = describe_speed(Spread(**rounded))
+        table.add_row("  with engine.activation_bits=8", "", "", words)
     console = Console(highlight=False)
+    groups = result["group_size"]
+    method = result["method"] + (f" in groups of {groups}" if groups else "")
     console.print(
-        f"{result['method']}; both measured on this machine's {result['device']} with activations "
-        f"in {result['dtype']}, {result['threads']} threads, {result['batch']} sequence(s) at once"
+        f"{method}; both measured on this machine's {result['device']} with activations "
+        f"in {result['dtype']}, {result['threads']} threads, {result['batch']} sequence(s) at "
+        f"once, by {' and '.join(dict.fromkeys(result['runners']))}"
     )
     console.print(table)
     console.print(f"model:  {result['uri']}\nreport: {result['report']}", soft_wrap=True)

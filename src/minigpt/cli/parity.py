@@ -39,7 +39,9 @@ def parity(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="What an int8 MODEL was made from; default: itself."),
+        typer.Option(
+            metavar="MODEL", help="What a quantized MODEL was made from; default: itself."
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of the keys below.")] = None,
     overrides: SetOption = None,
@@ -66,7 +68,9 @@ def _print_result(result: Mapping[str, Any]) -> None:
     table = Table("served", "against", "phase", "tokens", "max |delta|", "p99 |delta|", "mean KL",
                   "greedy agreement", box=None, pad_edge=False)  # fmt: skip
     for row in result["rows"]:
-        served = row["served_dtype"] + (" int8" if row["quantization"] == "int8" else "")
+        served = row["served_dtype"]
+        served += "" if row["quantization"] == "none" else f" {row['quantization']}"
+        served += f" a{row['activation_bits']}" if row["activation_bits"] else ""
         served += f", {row['runner']}"
         for phase in ("prefill", "decode"):
             found = row[phase]

@@ -99,6 +99,8 @@ def _preflight(path: Path, config: EngineConfig, *, json: bool) -> None:
 def _print_plan(path: Path, plan: Preflight) -> None:
     contexts = plan.max_concurrent_tokens / plan.context_length
     typer.echo(f"fits: {path} in {plan.dtype} on {plan.device}")
+    if plan.activation_bits == 8:
+        typer.echo("  activations                           8 bits, before integer weights")
     typer.echo(f"  free memory            {plan.available_bytes:>16,} bytes")
     typer.echo(f"  weights                {plan.weight_bytes:>16,} bytes")
     typer.echo(f"  KV cache               {plan.kv_cache_bytes:>16,} bytes")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from minigpt.core.config import Auto, Config
 
@@ -12,9 +12,12 @@ from minigpt.core.config import Auto, Config
 class CompressConfig(Config):
     """The method, and the measurements before and after."""
 
-    method: Literal["int8"] = "int8"
-    """int8: weights rounded to 8 bits, one scale per output channel; activations stay as they
-    are."""
+    method: Literal["int8", "int4"] = "int8"
+    """int8: weights rounded to 8 bits, one scale per output channel. int4: to 4 bits, a scale and
+    a zero point per group of inputs; embedding and output projection are int8. Activations stay
+    as they are."""
+    group_size: Auto | Literal[32, 64, 128] = "auto"
+    """Inputs that share a scale in int4; fewer err less and take more bytes. auto is 32."""
     dtype: Auto | Literal["float32", "bfloat16"] = "auto"
     """Type in which both models are measured; auto is what the engine serves in here."""
     max_documents: int | None = Field(default=None, ge=1)
@@ -31,3 +34,18 @@ class CompressConfig(Config):
     """Sequences generated at once in a timing."""
     seed: int = Field(default=0, ge=0)
     """Draws documents and resamples."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.method == "int8" and self.group_size != "auto":
+            raise ValueError(
+                f"group_size = {self.group_size} with method = int8, whose scales are per output "
+                "channel: leave it out or set method=int4"
+            )
+        return self
+
+    def settled(self) -> Self:
+        """Return the config with its group size settled."""
+        if self.method == "int4" and self.group_size == "auto":
+            return self.replace(group_size=32)
+        return self

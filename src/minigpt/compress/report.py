@@ -71,10 +71,14 @@ class CompressionReport(Config):
     """The content of `compression.json`."""
 
     method: str
+    group_size: int | None = None
+    """Of int4."""
     device: str
     dtype: Literal["float32", "bfloat16"]
     """Type of the activations, and of the weights that are not compressed, in both."""
     threads: int
+    runners: tuple[str, str] = ("torch", "torch")
+    """What multiplied in the timings, `kernels` or `torch`, before and after."""
     batch: int
     documents: int
     before: Side
@@ -84,6 +88,11 @@ class CompressionReport(Config):
     bits_per_byte_relative_change: Measured
     speedup: Spread
     """Decode speed after over before, by pairs of neighbouring timings."""
+    worth_it: bool = False
+    """Whether every pair of timings was faster: what is not is not worth its error here."""
+    speedup_with_8_bit_activations: Spread | None = None
+    """As `speedup`, served with engine.activation_bits=8; null where the kernels don't serve. What
+    that rounds away is not in `after`."""
     basis: dict[str, str] = BASIS
 
 
@@ -116,6 +125,7 @@ def compression_report(
         MinigptError: As `evaluate` and the engine's loading.
     """
     check_free(destination)
+    config = config.settled()
     engine_config = EngineConfig(
         dtype=config.dtype,
         max_num_seqs=config.speed_batch,
@@ -126,6 +136,8 @@ def compression_report(
     settled = engines[0].config
     assert settled.dtype != "auto" and settled.threads != "auto" and settled.device != "auto"
     speeds = _decode_speeds(engines, after.path, dataset, config)
+    runners = engines[0].runner_name, engines[1].runner_name
+    rounded_speedup = _speedup_of_rounding(engines, after.path, dataset, config, engine_config)
     del engines
     scoring = EvaluateConfig(
         device=settled.device, dtype=settled.dtype, compressors=False,
@@ -135,18 +147,23 @@ def compression_report(
     old, new = measure(before, dataset, scoring), measure(after.path, dataset, scoring)
     change = paired_change("bits_per_byte", new.scores, old.scores, resampling(scoring))
     assert change is not None
+    speedup = _speedup(speeds)
     report = CompressionReport(
         method=config.method,
+        group_size=None if config.group_size == "auto" else config.group_size,
         device=settled.device,
         dtype=settled.dtype,
         threads=settled.threads,
+        runners=runners,
         batch=config.speed_batch,
         documents=new.report.documents,
         before=_side(old, settled.dtype, speeds[0]),
         after=_side(new, settled.dtype, speeds[1]),
         bits_per_byte_change=Measured.of(change.difference.absolute),
         bits_per_byte_relative_change=Measured.of(change.difference.relative),
-        speedup=Spread.of([b / a for a, b in zip(*speeds, strict=True)]),
+        speedup=speedup,
+        worth_it=is_faster(speedup),
+        speedup_with_8_bit_activations=rounded_speedup,
     )
     parents = [parent for parent in (old.source, after, dataset) if parent is not None]
     with create_artifact(destination, kind="report", parents=parents, config=config) as draft:
@@ -157,13 +174,19 @@ def compression_report(
     return draft.artifact
 
 
+def is_faster(speedup: Spread) -> bool:
+    """Tell whether every ratio of a spread says faster."""
+    return speedup.low > 1
+
+
 def describe_speed(speedup: Spread) -> str:
-    """Say in words what a spread of ratios shows, slower included."""
-    if speedup.high < 1:
-        return f"slower here: {speedup.median:.2f}x"
-    if speedup.low > 1:
+    """Say in words what a spread of ratios shows, and that what is not faster is not worth it."""
+    if is_faster(speedup):
         return f"faster here: {speedup.median:.2f}x"
-    return f"no clear difference here: {speedup.median:.2f}x ({speedup.low:.2f}-{speedup.high:.2f})"
+    if speedup.high < 1:
+        return f"not worth it here: slower, {speedup.median:.2f}x"
+    spread = f"{speedup.median:.2f}x ({speedup.low:.2f}-{speedup.high:.2f})"
+    return f"not worth it here: no clear difference, {spread}"
 
 
 def _decode_speeds(
@@ -181,6 +204,24 @@ def _decode_speeds(
         tokens=min(config.speed_tokens, limit - len(prompt)),
         batch=config.speed_batch,
     )
+
+
+def _speedup(speeds: Sequence[Sequence[float]]) -> Spread:
+    return Spread.of([after / before for before, after in zip(*speeds, strict=True)])
+
+
+def _speedup_of_rounding(
+    engines: list[Engine],
+    model: Path,
+    dataset: Artifact,
+    config: CompressConfig,
+    engine_config: EngineConfig,
+) -> Spread | None:
+    """Time 8-bit activations in place of the second engine, whose memory they take over."""
+    if engines.pop().activation_bits is None:
+        return None
+    engines.append(Engine.load(model, engine_config.replace(activation_bits=8)))
+    return _speedup(_decode_speeds(engines, model, dataset, config))
 
 
 def _side(found: Measurement, dtype: str, speeds: Sequence[float]) -> Side:

@@ -27,7 +27,7 @@ from minigpt.engine.native import Runner, make_runner
 from minigpt.engine.output import OutputProcessor, Vocabulary
 from minigpt.engine.prefix_cache import prefix_root
 from minigpt.engine.prompt import Observer
-from minigpt.engine.resolve import kv_bytes_per_token
+from minigpt.engine.resolve import activation_bits, kv_bytes_per_token
 from minigpt.engine.sampler import sample
 from minigpt.engine.scheduler import Scheduler
 from minigpt.engine.sequence import Sequence
@@ -52,7 +52,7 @@ class Engine:
             for delta in engine.step(): ...
 
     Args:
-        model: In eval mode, on its device, in the config's dtype (int8 weights stay int8). The
+        model: In eval mode, on its device, in the config's dtype (integer weights stay so). The
             engine takes its weights: it is not to be used beside it.
         vocabulary: Turns tokens into bytes.
         config: With every "auto" settled; see `resolve`.
@@ -113,7 +113,12 @@ class Engine:
             model.config, weight_bytes(model), per_block // config.block_size
         )
         self._meter: UtilizationMeter | None = None
-        self._weights = HeldWeights(model_id, make_runner(model, **cache, adapters=config.adapters))
+        self._weights = HeldWeights(
+            model_id,
+            make_runner(
+                model, **cache, adapters=config.adapters, activation_bits=activation_bits(config)
+            ),
+        )
         self._exchange = Exchange(self._weights, self._host, self.ready)
         self._draft_model = None if draft is None else DraftModel(draft, **cache)
         ends = model.config.stop_token_ids
@@ -184,6 +189,11 @@ class Engine:
     def runner_name(self) -> str:
         """What multiplies: `kernels` or `torch`."""
         return self._weights.runner.name
+
+    @property
+    def activation_bits(self) -> int | None:
+        """To what the inputs of integer weights are rounded; None where nothing is."""
+        return self._weights.runner.activation_bits
 
     @property
     def has_work(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,16 @@ from minigpt.engine.adapters import AdapterSet
 from minigpt.engine.batch import Chunk
 from minigpt.engine.packing import pack_weights
 from minigpt.engine.prompt_scores import read_prompt
+from minigpt.engine.resolve import check_activation_bits
 from minigpt.engine.runner import ModelRunner
 from minigpt.engine.sequence import Sequence
 from minigpt.kernels import library
 from minigpt.kernels.kv_layout import CacheFormat, KVLayout
-from minigpt.kernels.linear import PackedWeight, pack_bfloat16, pack_int8
+from minigpt.kernels.linear import PackedWeight, pack_bfloat16, pack_int4, pack_int8
 from minigpt.kernels.step import Layer, Norm, Plan, Step
 from minigpt.model.decoder import Decoder
 from minigpt.model.layers import DecoderLayer, SelfAttention
-from minigpt.model.linear import Int8Embedding, Int8Linear
+from minigpt.model.linear import Int4Linear, Int8Embedding, Int8Linear, unpack_nibbles
 from minigpt.model.mlp import GeluMLP, SwiGLU
 
 
@@ -29,6 +30,11 @@ class Runner(Protocol):
 
     name: ClassVar[str]
     """`kernels` or `torch`."""
+
+    @property
+    def activation_bits(self) -> int | None:
+        """To what the inputs of integer weights are rounded; None where nothing is."""
+        ...
 
     @property
     def adapters(self) -> AdapterSet | None:
@@ -63,6 +69,7 @@ def make_runner(
     block_size: int,
     dtype: torch.dtype,
     adapters: bool,
+    activation_bits: Literal[8, 16] = 16,
     guesses: bool = False,
 ) -> Runner:
     """Return the kernels' runner where they cover the model, else torch's.
@@ -74,11 +81,18 @@ def make_runner(
         block_size: Tokens in a block.
         dtype: Of activations and KV cache.
         adapters: Whether it must serve adapters, which is torch's.
+        activation_bits: To what the inputs of integer weights are rounded; 8 is the kernels'.
         guesses: Whether it only drafts for another model.
+
+    Raises:
+        ModelError: 8-bit activations where nothing rounds to them.
     """
     cache: dict[str, Any] = {"num_blocks": num_blocks, "block_size": block_size, "dtype": dtype}
-    if not_covered(model, dtype, block_size, adapters=adapters) is None:
-        return NativeRunner(model, **cache, guesses=guesses)
+    reason = not_covered(model, dtype, block_size, adapters=adapters)
+    quantized = _has_integers(model)
+    check_activation_bits(activation_bits, quantized=quantized, torch_serves=reason)
+    if reason is None:
+        return NativeRunner(model, **cache, activation_bits=activation_bits, guesses=guesses)
     pack_weights(model)
     return ModelRunner.with_cache(model, **cache, guesses=guesses)
 
@@ -94,7 +108,7 @@ def not_covered(
         return kernels.reason
     config = model.config
     if dtype != torch.bfloat16:
-        return f"{dtype} is torch's: the kernels' weights are bfloat16 and int8"
+        return f"{dtype} is torch's: the kernels' floating-point weights are bfloat16"
     if any(value.device.type != "cpu" for value in model.state_dict().values()):
         return "the model is not on the CPU"
     if config.num_experts:
@@ -107,10 +121,14 @@ def not_covered(
         )
     for name, module in model.named_modules():
         if type(module) is nn.Linear and module.weight.dtype != torch.bfloat16:
-            return f"{name} is {module.weight.dtype}: the kernels' weights are bfloat16 and int8"
+            return (
+                f"{name} is {module.weight.dtype}: the kernels' floating-point weights are bfloat16"
+            )
         children = isinstance(module, SelfAttention | SwiGLU | GeluMLP) and module.children()
         for child in children or ():
-            if type(child) not in (nn.Linear, Int8Linear) and not isinstance(child, nn.RMSNorm):
+            if type(child) not in (nn.Linear, Int8Linear, Int4Linear) and not isinstance(
+                child, nn.RMSNorm
+            ):
                 return f"{name} has a {type(child).__name__}"
     return None
 
@@ -125,6 +143,7 @@ class NativeRunner:
         block_size: Tokens in a block.
         dtype: Of activations, and of the cache if nothing else is asked.
         cache_format: Of the KV cache; None is the dtype.
+        activation_bits: To what the inputs of integer weights are rounded.
         caches: Another runner's, to be used too; None makes them.
         guesses: Whether it only drafts: prompts are not read.
     """
@@ -140,6 +159,7 @@ class NativeRunner:
         block_size: int,
         dtype: torch.dtype,
         cache_format: CacheFormat | None = None,
+        activation_bits: Literal[8, 16] = 16,
         caches: list[Tensor] | None = None,
         guesses: bool = False,
     ) -> None:
@@ -152,11 +172,13 @@ class NativeRunner:
         self._block_size = block_size
         self._dtype = dtype
         self._cache_format = cache_format
+        self._activation_bits = activation_bits
+        self.activation_bits = activation_bits if _has_integers(model) else None
         self._guesses = guesses
         if caches is None:
             caches = [layout.allocate(num_blocks) for _ in range(config.num_layers)]
         self._caches = caches
-        self._step = Step(_plan(model, layout, self._caches, dtype), kernels)
+        self._step = Step(_plan(model, layout, self._caches, dtype, activation_bits), kernels)
 
     def with_model(self, model: Decoder) -> NativeRunner:
         """See `Runner.with_model`; takes the model's weights as the first one's."""
@@ -165,12 +187,15 @@ class NativeRunner:
                 f"the kernels that serve can't run these weights: {reason}",
                 remedy="serve them with a server of their own",
             )
+        bits = self._activation_bits
+        check_activation_bits(bits, quantized=_has_integers(model), torch_serves=None)
         return NativeRunner(
             model,
             num_blocks=len(self._caches[0]),
             block_size=self._block_size,
             dtype=self._dtype,
             cache_format=self._cache_format,
+            activation_bits=bits,
             caches=self._caches,
             guesses=self._guesses,
         )
@@ -216,8 +241,18 @@ def _cache_format(dtype: torch.dtype) -> CacheFormat:
     return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
+def _has_integers(model: Decoder) -> bool:
+    return any(isinstance(module, Int8Linear | Int4Linear) for module in model.modules())
+
+
 @torch.inference_mode()
-def _plan(model: Decoder, layout: KVLayout, caches: list[Tensor], dtype: torch.dtype) -> Plan:
+def _plan(
+    model: Decoder,
+    layout: KVLayout,
+    caches: list[Tensor],
+    dtype: torch.dtype,
+    activation_bits: Literal[8, 16],
+) -> Plan:
     config, trunk = model.config, model.model
     layers = []
     for layer, cache in zip(trunk.layers, caches, strict=True):
@@ -251,6 +286,7 @@ def _plan(model: Decoder, layout: KVLayout, caches: list[Tensor], dtype: torch.d
         layer_norm=config.norm == "layernorm",
         gated=config.mlp == "swiglu",
         eps=config.norm_eps,
+        activation_bits=activation_bits,
     )
 
 
@@ -282,12 +318,15 @@ def _to(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.detach().to(dtype).contiguous()
 
 
-def _pack(*parts: nn.Linear | Int8Linear) -> PackedWeight:
-    """Pack linear layers of the same inputs as one, outputs one after the other."""
+def _pack(*parts: nn.Linear | Int8Linear | Int4Linear) -> PackedWeight:
+    """Pack linear layers of one kind and the same inputs as one, outputs one after the other."""
     weight = torch.cat([part.weight for part in parts])
     biases = [part.bias for part in parts if part.bias is not None]
     bias = torch.cat(biases) if biases else None
-    scales = [part.scale for part in parts if isinstance(part, Int8Linear)]
+    scales = [part.scale for part in parts if isinstance(part, Int8Linear | Int4Linear)]
+    zeros = [part.zero for part in parts if isinstance(part, Int4Linear)]
+    if zeros:
+        return pack_int4(unpack_nibbles(weight), torch.cat(scales), torch.cat(zeros), bias)
     if scales:
         return pack_int8(weight, torch.cat(scales), bias)
     return pack_bfloat16(weight, bias)

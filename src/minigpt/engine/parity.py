@@ -22,7 +22,7 @@ from minigpt.engine.prompt import Observer
 from minigpt.evaluate.parity import PARITY_FILE, Comparison, ParityReport, ParityRow, TrainingSide
 from minigpt.evaluate.report import Subject
 from minigpt.evaluate.run import check_free
-from minigpt.model.hf import is_quantized
+from minigpt.model.hf import quantization
 from minigpt.model.weights import LoadedModel, load_model
 
 
@@ -106,6 +106,7 @@ def _compare(
             quantization=bits,
             kv_dtype=dtype,
             runner=engine.runner_name,
+            activation_bits=engine.activation_bits,
             prefill=_compare_prefill(engine, side, windows).numbers(),
             decode=_compare_decode(side, answers).numbers(),
         )
@@ -200,7 +201,7 @@ def _windows(served: LoadedModel, content: str, config: ParityConfig) -> list[li
 
 def _quantization(served: LoadedModel) -> str:
     tree = json.loads((served.path / "config.json").read_bytes())
-    return "int8" if is_quantized(tree) else "none"
+    return quantization(tree)
 
 
 def _is_artifact(model: str | Path) -> bool:

@@ -17,6 +17,8 @@ from minigpt.engine.config import EngineConfig
 from minigpt.engine.resolve import (
     DTYPE_BYTES,
     Report,
+    activation_bits,
+    check_activation_bits,
     kv_bytes_per_token,
     resolve_memory,
     resolve_numerics,
@@ -32,6 +34,8 @@ class Preflight:
 
     device: str
     dtype: str
+    activation_bits: int
+    """Of the inputs of integer weights, where the kernels serve."""
     available_bytes: int
     """Free memory of the device."""
     weight_bytes: int
@@ -65,7 +69,11 @@ def preflight(path: Path, config: EngineConfig, *, report: Report) -> Preflight:
 def plan_memory(path: Path, config: EngineConfig, *, available: int, report: Report) -> Preflight:
     """As `preflight`, for a config with numerics settled and `available` bytes on the device."""
     model = read_model_config(path)
-    weights = weight_bytes(read_headers(weight_files(path)), config, model)
+    headers = read_headers(weight_files(path))
+    weights = weight_bytes(headers, config, model)
+    bits = activation_bits(config)
+    quantized = not all(header.is_floating for header in headers)
+    check_activation_bits(bits, quantized=quantized, torch_serves=_torch_serves(config))
     draft = None
     if config.speculative.draft_model is not None:
         draft_path = Path(config.speculative.draft_model)
@@ -86,6 +94,7 @@ def plan_memory(path: Path, config: EngineConfig, *, available: int, report: Rep
     return Preflight(
         device=config.device,
         dtype=config.dtype,
+        activation_bits=bits,
         available_bytes=available,
         weight_bytes=weights,
         kv_bytes_per_token=per_token,
@@ -115,14 +124,23 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def weight_bytes(headers: list[TensorHeader], config: EngineConfig, model: ModelConfig) -> int:
-    """Return what stored tensors take once loaded: floating ones are converted, int8 are not."""
+    """Return what stored tensors take once loaded: floating ones are converted, integers not."""
     assert config.dtype != "auto"
     width = DTYPE_BYTES[config.dtype]
     total = sum(h.count * width if h.is_floating else h.num_bytes for h in headers)
     if model.tie_embeddings and config.device == "cpu" and config.dtype == "bfloat16":
-        # The output projection gets a packed copy of its own; see `packing`.
-        total += model.vocab_size * model.hidden_size * width
+        # The output projection gets a packed copy of its own; see `packing` and `native`.
+        quantized = any(not header.is_floating for header in headers)
+        total += model.vocab_size * model.hidden_size * (1 if quantized else width)
     return total
+
+
+def _torch_serves(config: EngineConfig) -> str | None:
+    """Say why the kernels can't serve, as far as the configuration alone tells it."""
+    if config.device == "cpu" and config.dtype == "bfloat16" and not config.adapters:
+        return None
+    adapters = ", adapters = true" if config.adapters else ""
+    return f"device = {config.device}, dtype = {config.dtype}{adapters}"
 
 
 def _torch_has_cuda() -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
-from minigpt.core.errors import ConfigError
+from minigpt.core.errors import ConfigError, ModelError
 from minigpt.core.machine import Machine
 from minigpt.engine.config import EngineConfig
 from minigpt.model.config import ModelConfig
@@ -18,7 +19,7 @@ Report = Callable[[str], None]
 def resolve_numerics(
     config: EngineConfig, machine: Machine, *, cuda: bool, report: Report
 ) -> EngineConfig:
-    """Settle device, dtype, threads and the token budget, which the weights do not bear on.
+    """Settle device, dtype, activation bits, threads and token budget, whatever the weights.
 
     Raises:
         ConfigError: A GPU is asked for and there is none.
@@ -34,6 +35,8 @@ def resolve_numerics(
         fast = on_gpu or machine.fast_bfloat16
         changes["dtype"] = "bfloat16" if fast else "float32"
         report(f"dtype = {changes['dtype']}: {'fast' if fast else 'no bfloat16'} in hardware")
+    if config.activation_bits == "auto":
+        changes["activation_bits"] = activation_bits(config)
     if config.threads == "auto":
         changes["threads"] = machine.cores
         report(f"threads = {changes['threads']}: cores that this process may use")
@@ -42,6 +45,37 @@ def resolve_numerics(
         changes["max_batched_tokens"] = budget
         report(f"max_batched_tokens = {budget}: a prompt delays streams by one such step")
     return config.replace(**changes)
+
+
+def activation_bits(config: EngineConfig) -> Literal[8, 16]:
+    """Return to what the inputs of integer weights are rounded."""
+    return 16 if config.activation_bits == "auto" else config.activation_bits
+
+
+def check_activation_bits(bits: int, *, quantized: bool, torch_serves: str | None) -> None:
+    """Refuse 8-bit activations where nothing would round to them.
+
+    Args:
+        bits: 8 or 16.
+        quantized: Whether the model has integer weights.
+        torch_serves: Why torch serves it and not the kernels, if it does.
+
+    Raises:
+        ModelError: 8, and no kernel multiplies integer weights.
+    """
+    if bits == 16:
+        return
+    asked = f"activation_bits = {bits} is of the kernels' products with integer weights"
+    if not quantized:
+        raise ModelError(
+            f"{asked}, and the model has none",
+            remedy="quantize it with `minigpt compress`, or leave activation_bits at auto",
+        )
+    if torch_serves is not None:
+        raise ModelError(
+            f"{asked}, and torch serves here: {torch_serves}",
+            remedy="leave activation_bits at auto",
+        )
 
 
 def resolve_memory(

@@ -26,6 +26,7 @@ class ModelRunner:
     """
 
     name: ClassVar[str] = "torch"
+    activation_bits = None
 
     def __init__(self, model: Decoder, cache: KVCache, *, guesses: bool = False) -> None:
         self._model = model

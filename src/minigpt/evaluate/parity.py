@@ -44,10 +44,12 @@ class ParityRow(Config):
     reference_dtype: str
     """Of the plain forward pass, weights and activations."""
     quantization: str
-    """Of the served weights: `int8` or `none`."""
+    """Of the served weights: `int8`, `int4` or `none`."""
     kv_dtype: str
     runner: str
     """What multiplied: `kernels` or `torch`."""
+    activation_bits: int | None = None
+    """To what the kernels round the inputs of integer weights; null where nothing does."""
     prefill: Numbers
     """The text, scored in chunks through the paged cache."""
     decode: Numbers

@@ -162,21 +162,6 @@ def pack_int4(
     )
 
 
-def quantize_int4(weight: Tensor, group: int = 32) -> tuple[Tensor, Tensor]:
-    """Round a (O, I) weight to 4 bits, symmetric, each group by its largest magnitude.
-
-    Returns:
-        (O, I) uint8 codes in 0..15, 8 standing for 0, and (O, I / group) bfloat16 scales.
-    """
-    groups = weight.detach().float().view(len(weight), -1, group)
-    # The largest keeps its sign and becomes -8: all 16 codes are used.
-    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-    scale = (largest / -8).bfloat16().float()
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    codes = (groups * inverse + 8).round().clamp(0, 15).to(torch.uint8)
-    return codes.flatten(1), scale.squeeze(2).bfloat16()
-
-
 def unpack(packed: PackedWeight) -> Tensor:
     """Return the (O, I) weight in float32, as the kernels see it, scaled."""
     panels = -(-packed.out_features // PANEL)

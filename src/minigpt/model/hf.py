@@ -50,6 +50,11 @@ def is_quantized(tree: Tree) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
 
 
+def quantization(tree: Tree) -> str:
+    """Return how a parsed `config.json` says that the weights are kept: none, int8 or int4."""
+    return f"int{tree['quantization_config'].get('bits')}" if is_quantized(tree) else "none"
+
+
 def _read_gpt2(tree: Tree) -> dict[str, Any]:
     _only(tree, "activation_function", ("gelu_new", "gelu_pytorch_tanh"))
     _only(tree, "scale_attn_weights", (True,))

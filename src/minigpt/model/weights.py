@@ -21,7 +21,7 @@ from minigpt.model.config import ModelConfig
 from minigpt.model.decoder import Decoder
 from minigpt.model.hf import QUANT_METHOD, config_from_hf, is_quantized
 from minigpt.model.hf_write import config_to_hf, family_of
-from minigpt.model.linear import Int8Embedding, Int8Linear
+from minigpt.model.linear import Int4Linear, Int8Embedding, Int8Linear
 from minigpt.model.tensor_files import read_tensors, write_tensors
 from minigpt.model.tensor_headers import weight_files
 from minigpt.model.tensor_names import from_hf, to_hf
@@ -66,7 +66,7 @@ def load_model(
     Args:
         path: A directory, or for artifacts any URL.
         dtype: "float32", "bfloat16" or "float16" to convert to, None to keep what is stored.
-            int8 weights stay int8.
+            int8 and int4 weights stay what they are.
         device: Where to put the weights.
         verify: Compare an artifact's files with their hashes (about 1 GB/s).
 
@@ -86,7 +86,7 @@ def load_model(
     config = _add_stop_tokens(config_from_hf(tree), directory)
     files = weight_files(directory)
     stored = read_tensors(files, device)
-    # int8 weights are minigpt's own format and have the decoder's names in any family.
+    # Quantized weights are minigpt's own format and have the decoder's names in any family.
     tensors = stored if is_quantized(tree) else from_hf(stored, tree["model_type"])
     if dtype is not None:
         tensors = {
@@ -111,7 +111,7 @@ def save_model(
     """Write config.json, weights and tokenizer files in Hugging Face's layout.
 
     For an artifact call it on the draft of `create_artifact`, which makes it atomic. Dtypes are
-    kept. A decoder with int8 layers is written as such.
+    kept. A decoder with quantized layers is written as such.
 
     Args:
         directory: Made if it is not there.
@@ -129,16 +129,13 @@ def save_model(
     state: Mapping[str, Tensor] = (
         model_or_state.state_dict() if isinstance(model_or_state, Decoder) else model_or_state
     )
-    scales = [name for name in state if name.endswith(".scale")]
-    _check_names(_skeleton(config, scales).state_dict(), state, "the state to save")
+    scales = {name: tensor for name, tensor in state.items() if name.endswith(".scale")}
+    skeleton = _skeleton(config, scales)
+    _check_names(skeleton.state_dict(), state, "the state to save")
     tree = config_to_hf(config)
     tree["torch_dtype"] = _dtype_name(state.values())
     if scales:
-        tree["quantization_config"] = {
-            "quant_method": QUANT_METHOD,
-            "bits": 8,
-            "scheme": "symmetric, weight-only, one scale per output channel",
-        }
+        tree["quantization_config"] = {"quant_method": QUANT_METHOD, **_scheme(skeleton)}
     tensors = dict(state) if scales else to_hf(state, family_of(config))
     with storage_errors(f"write {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
@@ -230,7 +227,7 @@ def _assemble(
                 remedy="set tie_word_embeddings to false in config.json",
             )
         del tensors["lm_head.weight"]
-    scales = [name for name in tensors if quantized and name.endswith(".scale")]
+    scales = {n: t for n, t in tensors.items() if quantized and n.endswith(".scale")}
     for name in (scale.removesuffix("scale") + "weight" for scale in scales):
         if name in tensors and tensors[name].data_ptr() % 16:
             # Mapped from wherever the file has it; the packed kernel needs whole 16 bytes.
@@ -241,17 +238,27 @@ def _assemble(
     return model
 
 
-def _skeleton(config: ModelConfig, scales: Iterable[str]) -> Decoder:
-    """Build a decoder on `meta`, with int8 modules where there is a scale."""
+def _skeleton(config: ModelConfig, scales: Mapping[str, Tensor]) -> Decoder:
+    """Build a decoder on `meta`, with quantized modules where there is a scale.
+
+    One scale for each output means int8, several int4, as many as there are groups.
+    """
     with torch.device("meta"):
         model = Decoder(config)
         modules = dict(model.named_modules())
-        for scale in scales:
+        for scale, tensor in scales.items():
             name = scale.removesuffix(".scale")
             owner, _, attribute = name.rpartition(".")
             old = modules.get(name)
             made: nn.Module
-            if isinstance(old, nn.Linear):
+            if isinstance(old, nn.Linear) and tensor.ndim == 2:
+                sizes = (
+                    old.in_features,
+                    old.out_features,
+                    old.in_features // max(1, tensor.shape[1]),
+                )
+                made = Int4Linear(*sizes, bias=old.bias is not None)
+            elif isinstance(old, nn.Linear):
                 made = Int8Linear(old.in_features, old.out_features, old.bias is not None)
             elif isinstance(old, nn.Embedding):
                 made = Int8Embedding(old.num_embeddings, old.embedding_dim)
@@ -259,6 +266,19 @@ def _skeleton(config: ModelConfig, scales: Iterable[str]) -> Decoder:
                 continue  # reported as unexpected by the caller
             setattr(modules[owner], attribute, made)
     return model
+
+
+def _scheme(model: Decoder) -> dict[str, object]:
+    """Describe a quantized model for `config.json`."""
+    groups = {module.group_size for module in model.modules() if isinstance(module, Int4Linear)}
+    if not groups:
+        return {"bits": 8, "scheme": "symmetric, weight-only, one scale per output channel"}
+    return {
+        "bits": 4,
+        "group_size": min(groups),
+        "scheme": "asymmetric, weight-only, a scale and a zero point per group of inputs; "
+        "embedding and output projection as with 8 bits",
+    }
 
 
 def _check_names(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
