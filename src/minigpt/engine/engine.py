@@ -27,7 +27,7 @@ from minigpt.engine.native import Runner, make_runner
 from minigpt.engine.output import OutputProcessor, Vocabulary
 from minigpt.engine.prefix_cache import prefix_root
 from minigpt.engine.prompt import Observer
-from minigpt.engine.resolve import activation_bits, kv_bytes_per_token
+from minigpt.engine.resolve import activation_bits, kv_bytes_per_token, kv_cache_dtype
 from minigpt.engine.sampler import sample
 from minigpt.engine.scheduler import Scheduler
 from minigpt.engine.sequence import Sequence
@@ -108,6 +108,7 @@ class Engine:
             "num_blocks": blocks.num_blocks,
             "block_size": config.block_size,
             "dtype": getattr(torch, config.dtype),
+            "cache_format": kv_cache_dtype(config),
         }
         self._work_size = WorkSize.of(
             model.config, weight_bytes(model), per_block // config.block_size
