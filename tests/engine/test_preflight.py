@@ -112,7 +112,7 @@ def test_eight_bit_activations_need_integer_weights(tiny_model: Path, tmp_path: 
     save_model(tmp_path, loaded.model, loaded.config, tokenizer_dir=tiny_model)
     assert plan(tmp_path).activation_bits == 8
     config = config.replace(adapters=True)
-    with pytest.raises(ModelError, match="torch serves here: .*dtype = bfloat16, adapters = true"):
+    with pytest.raises(ModelError, match=r"torch serves here: .*dtype = bfloat16, adapters = true"):
         plan(tmp_path)
 
 

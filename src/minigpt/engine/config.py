@@ -109,6 +109,10 @@ class ParityConfig(Config):
 
     dtypes: tuple[Auto | Literal["float32", "bfloat16"], ...] = Field(("auto",), min_length=1)
     """Serve in each of these, one after another; auto is what `minigpt serve` takes here."""
+    kv_cache_dtypes: tuple[Auto | Literal["float32", "bfloat16", "int8"], ...] = Field(
+        ("auto",), min_length=1
+    )
+    """With each of these KV caches, for each dtype; auto is the dtype."""
     max_tokens: int = Field(4096, ge=2)
     """Compare this many of the text's first tokens."""
     context_length: int = Field(512, ge=2)
@@ -116,4 +120,4 @@ class ParityConfig(Config):
     decode_tokens: int = Field(16, ge=1)
     """Continue each window's beginning by this many greedy tokens."""
     engine: EngineConfig = EngineConfig()
-    """The engine that serves; its dtype is taken from `dtypes`."""
+    """The engine that serves; its dtypes are taken from those above."""
