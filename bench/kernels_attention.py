@@ -25,7 +25,8 @@ from minigpt.engine.batch import Chunk
 from minigpt.engine.paged_attention import KVCache, PagedAttention
 from minigpt.engine.sequence import Sequence
 from minigpt.kernels import attention
-from minigpt.kernels.kv_layout import CacheFormat, KVLayout
+from minigpt.kernels.cache_format import CacheFormat
+from minigpt.kernels.kv_layout import KVLayout
 from minigpt.model.config import ModelConfig
 
 BLOCK_SIZE, HEAD_DIM = 16, 64

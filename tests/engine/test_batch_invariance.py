@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.conftest import Answer, ByteVocabulary, Run
 from tests.engine.test_native import FAMILIES
@@ -85,9 +85,7 @@ def _bits(answer: Answer) -> list[Any]:
     return [answer.token_ids, *(token for delta in answer.deltas for token in delta.logprobs or ())]
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, deadline=None)
 @given(
     load=loads,
     family=st.sampled_from(sorted(FAMILIES)),

@@ -22,7 +22,7 @@ from minigpt.engine.native import NativeRunner, Runner, make_runner, not_covered
 from minigpt.engine.runner import ModelRunner
 from minigpt.engine.sequence import Sequence
 from minigpt.kernels import library
-from minigpt.kernels.kv_layout import CacheFormat
+from minigpt.kernels.cache_format import CacheFormat
 from minigpt.kernels.linear import rounded_inputs
 from minigpt.model.config import ModelConfig, RopeScaling
 from minigpt.model.decoder import Decoder

@@ -11,12 +11,12 @@ from minigpt.cli.main import run
 from minigpt.compress.config import CompressConfig
 from minigpt.compress.quantize import quantize
 from minigpt.core.artifact import lineage, open_artifact
-from minigpt.core.errors import ArtifactError, DataError
+from minigpt.core.errors import ArtifactError, ConfigError, DataError
 from minigpt.engine.config import ParityConfig
 from minigpt.engine.parity import certify
+from minigpt.evaluate.certificate import ParityReport, ParityRow, load_parity
 from minigpt.evaluate.config import EvaluateConfig, GateConfig
 from minigpt.evaluate.gate import Evidence
-from minigpt.evaluate.parity import ParityReport, ParityRow, load_parity
 from minigpt.evaluate.run import evaluate
 from minigpt.kernels import library
 
@@ -130,6 +130,47 @@ def test_a_gate_can_require_parity(
     assert verdict("c", 1e-3, given=False) == "insufficient"
     with pytest.raises(ArtifactError, match="is the parity of model"):
         evaluate(int8, dataset, tmp_path / "d", config, parity=parity)
+
+
+@pytest.mark.skipif(library.loaded() is None, reason="no kernels here")
+def test_caches_are_certified_by_name_and_required_by_a_gate(
+    tiny_model: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.replace(
+        dtypes=("bfloat16",), kv_cache_dtypes=("auto", "bfloat16", "float32", "int8")
+    )
+    parity = certify(tiny_model, tmp_path / "parity", config)
+    found = load_parity(parity)
+    places = [f"parity/bfloat16{kv}" for kv in ("", "-kv-float32", "-kv-int8")]
+    references = ("float32", "bfloat16")
+    assert [row.place for row in found.rows] == [f"{p}/{r}" for p in places for r in references]
+    assert [row.kv_dtype for row in found.rows[::2]] == ["bfloat16", "float32", "int8"]
+    assert {row.runner for row in found.rows} == {"kernels"}
+    kl = {row.kv_dtype: row.prefill.mean_kl or 0.0 for row in found.rows[::2]}
+    assert 0 < kl["float32"] < 1.2 * kl["bfloat16"] and kl["bfloat16"] < kl["int8"] < 0.1
+    int8 = found.rows[4].prefill
+    assert int8.greedy_agreement > 0.9 and int8.max_delta < 1
+
+    required = {"dtype": "bfloat16", "kv_cache_dtype": "int8", "runner": "kernels"}
+    rule = {**required, "thresholds": {"max_delta": {"max": int8.max_delta / 2}}}
+    gate = GateConfig.model_validate({"min_documents": 1, "require_parity": [rule]})
+    measured = EvaluateConfig(
+        max_documents=2, device="cpu", dtype="float32", compressors=False, bootstrap_samples=100
+    )
+    made = evaluate(
+        tiny_model, open_artifact(tiny_dataset), tmp_path / "report", measured, gate=gate,
+        parity=parity,
+    )  # fmt: skip
+    assert made.manifest.metrics["verdict"] == "fail"
+    expected = f"parity/bfloat16-kv-int8/float32/max_delta is {int8.max_delta:.6g}, must be at most"
+    assert made.manifest.metrics["broken_rules"].startswith(expected)
+
+
+def test_a_cache_that_torch_lacks_is_not_certified(tiny_model: Path, tmp_path: Path) -> None:
+    config = CONFIG.replace(dtypes=("float32",), kv_cache_dtypes=("int8",))
+    with pytest.raises(ConfigError, match="kv_cache_dtype = int8 beside dtype = float32"):
+        certify(tiny_model, tmp_path / "report", config)
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_text_that_is_too_short_is_refused(tiny_model: Path, tmp_path: Path) -> None:

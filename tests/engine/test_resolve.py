@@ -72,7 +72,7 @@ def test_the_cache_is_sized_from_need_and_memory() -> None:
     lines: list[str] = []
     roomy = resolve_memory(config, MODEL, available=1 << 30, report=lines.append)
     assert roomy.kv_cache_bytes == 4 * ONE_CONTEXT
-    assert f"{PER_TOKEN} B/token x 448 tokens" in lines[0]
+    assert f"{PER_TOKEN} B/token in bfloat16 x 448 tokens" in lines[0]
     tight = resolve_memory(config, MODEL, available=3 * ONE_CONTEXT, report=lines.append)
     block = 16 * PER_TOKEN
     assert tight.kv_cache_bytes == int(3 * ONE_CONTEXT * 0.8) // block * block

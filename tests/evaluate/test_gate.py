@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from minigpt.core.config import from_mapping
 from minigpt.core.errors import ConfigError
+from minigpt.evaluate.certificate import Numbers, ParityReport, ParityRow
 from minigpt.evaluate.config import EvaluateConfig, GateConfig
 from minigpt.evaluate.gate import Evidence, judge, load_gate
 from minigpt.evaluate.measures import likelihood_metrics
@@ -191,3 +192,71 @@ def test_the_gates_in_the_repository_are_valid() -> None:
     assert paths
     for path in paths:
         load_gate(path)
+
+
+def certificate(**served: object) -> ParityReport:
+    numbers = Numbers(
+        tokens=99, max_delta=0.25, p99_delta=0.03, mean_kl=0.001, greedy_agreement=0.99
+    )
+    row: dict[str, object] = {
+        "served_dtype": "bfloat16", "reference_dtype": "float32", "quantization": "none",
+        "kv_dtype": "int8", "runner": "kernels", "prefill": numbers, "decode": numbers,
+    }  # fmt: skip
+    subject = Subject(id="m", uri="m")
+    return ParityReport(
+        model=subject, reference=subject, text="t", windows=1, context_length=100, device="cpu",
+        threads=1, rows=(ParityRow.model_validate(row | served),),
+    )  # fmt: skip
+
+
+SERVED = {"dtype": "bfloat16", "kv_cache_dtype": "int8", "runner": "kernels"}
+
+
+def parity_gate(limit: float = 0.05, number: str = "p99_delta", **changes: object) -> GateConfig:
+    return gate(require_parity=[SERVED | {"thresholds": {number: {"max": limit}}} | changes])
+
+
+def test_required_parity_holds_and_breaks_by_its_numbers() -> None:
+    assert judge(parity_gate(), evidence(), parity=certificate()).verdict == "pass"
+    broken = judge(parity_gate(0.2, "decode_max_delta"), evidence(), parity=certificate())
+    assert broken.verdict == "fail"
+    assert broken.broken() == (
+        "parity/bfloat16-kv-int8/float32/decode_max_delta is 0.25, must be at most 0.2: fail, by "
+        "the estimate"
+    )
+    agreement = {"greedy_agreement": {"min": 0.995}}
+    assert judge(parity_gate(thresholds=agreement), evidence(), parity=certificate()).verdict == (
+        "fail"
+    )
+
+
+def test_required_parity_without_a_certificate_is_not_passed() -> None:
+    verdict, reason = only(judge(parity_gate(), evidence()))
+    assert verdict == "insufficient" and "no parity report: run `minigpt parity`" in reason
+
+
+@pytest.mark.parametrize(
+    ("served", "found"),
+    [
+        ({"runner": "torch"}, "KV cache int8, by torch"),
+        ({"kv_dtype": "bfloat16"}, "KV cache bfloat16, by kernels"),
+        ({"served_dtype": "float32"}, "float32, KV cache int8"),
+        ({"activation_bits": 8}, "KV cache int8, 8-bit activations, by kernels"),
+        ({"reference_dtype": "bfloat16"}, "against float32"),
+    ],
+)
+def test_parity_of_another_way_of_serving_proves_nothing(
+    served: dict[str, object], found: str
+) -> None:
+    verdict, reason = only(judge(parity_gate(), evidence(), parity=certificate(**served)))
+    assert verdict == "insufficient" and found in reason
+    assert "required is bfloat16, KV cache int8, by kernels" in reason
+
+
+def test_required_parity_names_its_numbers(tmp_path: Path) -> None:
+    for text in ("[{dtype: bfloat16, runner: kernels, thresholds: {kl: {max: 1}}}]",
+                 "[{dtype: bfloat16, thresholds: {mean_kl: {max: 1}}}]",
+                 "[{dtype: bfloat16, runner: kernels, thresholds: {}}]"):  # fmt: skip
+        (tmp_path / "gate.yaml").write_text(f"require_parity: {text}")
+        with pytest.raises(ConfigError, match="require_parity"):
+            load_gate(tmp_path / "gate.yaml")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minigpt.kernels import attention, attention_reference
-from minigpt.kernels.kv_layout import CacheFormat, KVLayout, quantize_heads
+from minigpt.kernels.cache_format import CacheFormat
+from minigpt.kernels.kv_layout import KVLayout, quantize_heads
 
 QUIET = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

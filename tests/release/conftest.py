@@ -63,6 +63,8 @@ def make_report(tmp_path: Path) -> MakeReport:
             (draft.path / "report.json").write_text("{}")
             if verdict is not None:
                 draft.metrics["verdict"] = verdict
+            if verdict == "fail":
+                draft.metrics["broken_rules"] = "mean_kl is 0.2, must be at most 0.1"
         assert draft.artifact is not None
         return draft.artifact
 

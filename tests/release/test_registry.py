@@ -73,6 +73,7 @@ def test_promotion_needs_a_gate_that_passed(
     with pytest.raises(GateError, match=str(verdict or "none")) as error:
         registry.promote("tiny/1")
     assert error.value.exit_code == 1
+    assert ("): mean_kl is 0.2, must be at most 0.1" in str(error.value)) == (verdict == "fail")
     assert registry.models() == {"tiny": {}}
     assert registry.history("tiny") == []
 

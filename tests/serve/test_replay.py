@@ -16,6 +16,7 @@ from minigpt.api.requests import Request, SamplingParams
 from minigpt.cli.main import run
 from minigpt.compress.config import CompressConfig
 from minigpt.compress.quantize import quantize
+from minigpt.core.errors import MinigptError
 from minigpt.engine.config import EngineConfig
 from minigpt.engine.engine import Engine
 from minigpt.kernels import library
@@ -139,12 +140,13 @@ def test_an_answer_that_was_another_is_found_out(
 
 
 @pytest.mark.skipif(library.loaded() is None, reason="no kernels here")
-@pytest.mark.parametrize("bits", [8, 16])
-def test_integer_weights_are_replayed_with_their_activation_bits(
-    bits: int, tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize(("bits", "cache"), [(8, "auto"), (16, "auto"), (16, "int8")])
+def test_what_the_kernels_round_to_is_replayed(
+    bits: int, cache: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = quantize(tiny_model, tmp_path / "small", CompressConfig(method="int4")).path
-    settings = {"device": "cpu", "dtype": "bfloat16", "threads": 1, "activation_bits": bits}
+    settings: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "threads": 1}
+    settings |= {"activation_bits": bits, "kv_cache_dtype": cache}
     engine = Engine.load(small, EngineConfig.model_validate(settings))
     log = ReplayLog(
         tmp_path / "log", 1 << 20, model="small", tokenizer=_fingerprint(engine), seed=0
@@ -157,6 +159,13 @@ def test_integer_weights_are_replayed_with_their_activation_bits(
             log.observe(delta)
     log.close()
     logged = find_answers(tmp_path / "log", "r")
-    assert json.loads(logged[0][1].config)["activation_bits"] == bits
+    config = json.loads(logged[0][1].config)
+    assert config["activation_bits"] == bits
+    assert config["kv_cache_dtype"] == ("bfloat16" if cache == "auto" else cache)
     (found,), notes = replay(logged, small, None)
     assert found.identical and notes == []
+    if (bits, cache) != (16, "auto"):  # never by another format instead
+        absent = library.Absence("there is no compiler", "install one")
+        monkeypatch.setattr(library, "find", lambda: absent)
+        with pytest.raises(MinigptError, match="torch serves here: there is no compiler"):
+            replay(logged, small, None)

@@ -104,7 +104,7 @@ def evaluate(
         kept = sum(rule.verdict == "pass" for rule in report.verdict.rules)
         raise GateError(
             f"gate {gate}: {report.verdict.verdict}; {kept} of {len(report.verdict.rules)} rules "
-            f"passed",
+            f"passed; {report.verdict.broken()}",
             remedy=f"the numbers are in {made.uri}",
         )
 

@@ -37,6 +37,12 @@ def parity(
     dtype: Annotated[
         list[str] | None, typer.Option(help="Serve in this type; may repeat. Same as --set dtypes.")
     ] = None,
+    kv_cache_dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With keys and values in this type; may repeat. Same as --set kv_cache_dtypes."
+        ),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -51,9 +57,11 @@ def parity(
     configure_logging(json=json, level="warning")
     assignments = list(overrides or ())
     assignments += [f"dtypes=[{','.join(dtype)}]"] if dtype else []
+    caches = kv_cache_dtype or ()
+    assignments += [f"kv_cache_dtypes=[{','.join(caches)}]"] if caches else []
     settings = load_config(ParityConfig, config, assignments)
     from minigpt.engine.parity import certify
-    from minigpt.evaluate.parity import load_parity
+    from minigpt.evaluate.certificate import load_parity
 
     base = None if reference is None else resolve_model(reference)
     made = certify(resolve_model(model), out, settings, text=text, reference=base)
@@ -71,6 +79,7 @@ def _print_result(result: Mapping[str, Any]) -> None:
         served = row["served_dtype"]
         served += "" if row["quantization"] == "none" else f" {row['quantization']}"
         served += f" a{row['activation_bits']}" if row["activation_bits"] else ""
+        served += "" if row["kv_dtype"] == row["served_dtype"] else f", KV {row['kv_dtype']}"
         served += f", {row['runner']}"
         for phase in ("prefill", "decode"):
             found = row[phase]

@@ -106,7 +106,8 @@ def _print_plan(path: Path, plan: Preflight) -> None:
     typer.echo(f"  free memory            {plan.available_bytes:>16,} bytes")
     typer.echo(f"  weights                {plan.weight_bytes:>16,} bytes")
     typer.echo(f"  KV cache               {plan.kv_cache_bytes:>16,} bytes")
-    typer.echo(f"  KV cache of a token    {plan.kv_bytes_per_token:>16,} bytes")
+    each = f"{plan.kv_bytes_per_token:>16,} bytes in {plan.kv_cache_dtype}"
+    typer.echo(f"  KV cache of a token    {each}")
     typer.echo(
         f"  concurrent tokens      {plan.max_concurrent_tokens:>16,} at most: "
         f"{contexts:.1f} contexts of {plan.context_length:,}"

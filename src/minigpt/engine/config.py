@@ -44,11 +44,15 @@ class EngineConfig(Config):
     device: Auto | Literal["cpu", "cuda"] = "auto"
     """Where the model runs; auto is cuda where there is one."""
     dtype: Auto | Literal["float32", "bfloat16"] = "auto"
-    """Weights, activations and KV cache; auto is bfloat16 where the hardware multiplies it."""
+    """Weights and activations; auto is bfloat16 where the hardware multiplies it."""
     activation_bits: Auto | Literal[8, 16] = "auto"
     """To what the kernels round the inputs of integer weights, each group by its largest: 8 is
     faster from a few rows on and errs about as 8 bits of weight do (W8A8). auto is 16, which errs
     less than bfloat16 does. 8 is refused where the weights aren't integers, or torch serves."""
+    kv_cache_dtype: Auto | Literal["float32", "bfloat16", "int8"] = "auto"
+    """What cached keys and values are kept in; auto is `dtype`. int8 has a scale for each token
+    and head, and takes little more than half of bfloat16's memory. Any other than `dtype` is the
+    kernels': it is refused where torch serves."""
     threads: Auto | PositiveInt = "auto"
     """Threads of a matrix product on a CPU; auto is the cores that this process may use, shared
     among tensor_parallel_size."""
@@ -116,6 +120,10 @@ class ParityConfig(Config):
 
     dtypes: tuple[Auto | Literal["float32", "bfloat16"], ...] = Field(("auto",), min_length=1)
     """Serve in each of these, one after another; auto is what `minigpt serve` takes here."""
+    kv_cache_dtypes: tuple[Auto | Literal["float32", "bfloat16", "int8"], ...] = Field(
+        ("auto",), min_length=1
+    )
+    """With each of these KV caches, for each dtype; auto is the dtype."""
     max_tokens: int = Field(4096, ge=2)
     """Compare this many of the text's first tokens."""
     context_length: int = Field(512, ge=2)
@@ -123,4 +131,4 @@ class ParityConfig(Config):
     decode_tokens: int = Field(16, ge=1)
     """Continue each window's beginning by this many greedy tokens."""
     engine: EngineConfig = EngineConfig()
-    """The engine that serves; its dtype is taken from `dtypes`."""
+    """The engine that serves; its dtypes are taken from those above."""

@@ -9,6 +9,7 @@ from minigpt.engine.choice import Sampled
 from minigpt.engine.native import make_runner
 from minigpt.engine.sampler import sample
 from minigpt.engine.sequence import Sequence
+from minigpt.kernels.cache_format import CacheFormat
 from minigpt.model.decoder import Decoder
 
 
@@ -25,10 +26,20 @@ class DraftModel:
         num_blocks: Of the large model's cache.
         block_size: Of the large model's cache.
         dtype: Of its activations.
+        cache_format: Of its cache.
+
+    Raises:
+        ConfigError: Torch would run it, and has no such cache.
     """
 
     def __init__(
-        self, model: Decoder, *, num_blocks: int, block_size: int, dtype: torch.dtype
+        self,
+        model: Decoder,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        cache_format: CacheFormat,
     ) -> None:
         self.runner = make_runner(
             model,
@@ -36,6 +47,7 @@ class DraftModel:
             block_size=block_size,
             dtype=dtype,
             adapters=False,
+            cache_format=cache_format,
             guesses=True,
         )
 

@@ -29,7 +29,7 @@ from minigpt.engine.parallel import RankError, Ranks
 from minigpt.engine.parallel_runner import ParallelRunner
 from minigpt.engine.prefix_cache import prefix_root
 from minigpt.engine.prompt import Observer
-from minigpt.engine.resolve import activation_bits, kv_bytes_per_token
+from minigpt.engine.resolve import activation_bits, kv_bytes_per_token, kv_cache_dtype
 from minigpt.engine.sampler import sample
 from minigpt.engine.scheduler import Scheduler
 from minigpt.engine.sequence import Sequence
@@ -121,14 +121,23 @@ class Engine:
         self._meter: UtilizationMeter | None = None
         runner: Runner
         if ranks is None:
+            bits = activation_bits(config)
             runner = make_runner(
-                model, **cache, adapters=config.adapters, activation_bits=activation_bits(config)
+                model,
+                **cache,
+                cache_format=kv_cache_dtype(config),
+                adapters=config.adapters,
+                activation_bits=bits,
             )
         else:
             runner = ParallelRunner.with_cache(model, ranks, **cache)
         self._weights = HeldWeights(model_id, runner)
         self._exchange = Exchange(self._weights, self._host, self.ready)
-        self._draft_model = None if draft is None else DraftModel(draft, **cache)
+        self._draft_model = (
+            None
+            if draft is None
+            else DraftModel(draft, **cache, cache_format=kv_cache_dtype(config))
+        )
         ends = self._model_config.stop_token_ids
         eos = (self._model_config.eos_token_id, vocabulary.eos_token_id, *ends)
         self._eos_token_ids = tuple(dict.fromkeys(t for t in eos if t is not None))

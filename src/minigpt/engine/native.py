@@ -12,11 +12,12 @@ from minigpt.engine.adapters import AdapterSet
 from minigpt.engine.batch import Chunk
 from minigpt.engine.packing import pack_weights
 from minigpt.engine.prompt_scores import read_prompt
-from minigpt.engine.resolve import check_activation_bits
+from minigpt.engine.resolve import check_activation_bits, check_kv_cache_dtype
 from minigpt.engine.runner import ModelRunner
 from minigpt.engine.sequence import Sequence
 from minigpt.kernels import library
-from minigpt.kernels.kv_layout import CacheFormat, KVLayout
+from minigpt.kernels.cache_format import CacheFormat
+from minigpt.kernels.kv_layout import KVLayout
 from minigpt.kernels.linear import PackedWeight, pack_bfloat16, pack_int4, pack_int8
 from minigpt.kernels.step import Layer, Norm, Plan, Step
 from minigpt.model.decoder import Decoder
@@ -74,6 +75,7 @@ def make_runner(
     block_size: int,
     dtype: torch.dtype,
     adapters: bool,
+    cache_format: CacheFormat | None = None,
     activation_bits: Literal[8, 16] = 16,
     guesses: bool = False,
 ) -> Runner:
@@ -84,20 +86,33 @@ def make_runner(
             beside it.
         num_blocks: Blocks of the KV cache.
         block_size: Tokens in a block.
-        dtype: Of activations and KV cache.
+        dtype: Of activations, and of the KV cache if nothing else is asked.
         adapters: Whether it must serve adapters, which is torch's.
+        cache_format: Of the KV cache; None is the dtype, any other is the kernels'.
         activation_bits: To what the inputs of integer weights are rounded; 8 is the kernels'.
         guesses: Whether it only drafts for another model.
 
     Raises:
         ModelError: 8-bit activations where nothing rounds to them.
+        ConfigError: A cache of another format than the dtype where torch serves.
     """
     cache: dict[str, Any] = {"num_blocks": num_blocks, "block_size": block_size, "dtype": dtype}
     reason = not_covered(model, dtype, block_size, adapters=adapters)
     quantized = _has_integers(model)
     check_activation_bits(activation_bits, quantized=quantized, torch_serves=reason)
+    own = _cache_format(dtype)
+    whose = " (the draft model)" if guesses else ""
+    check_kv_cache_dtype(
+        cache_format or own, own, torch_serves=None if reason is None else reason + whose
+    )
     if reason is None:
-        return NativeRunner(model, **cache, activation_bits=activation_bits, guesses=guesses)
+        return NativeRunner(
+            model,
+            **cache,
+            cache_format=cache_format,
+            activation_bits=activation_bits,
+            guesses=guesses,
+        )
     pack_weights(model)
     return ModelRunner.with_cache(model, **cache, guesses=guesses)
 

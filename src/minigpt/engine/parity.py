@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,9 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.engine.config import ParityConfig
 from minigpt.engine.engine import Engine
 from minigpt.engine.prompt import Observer
-from minigpt.evaluate.parity import PARITY_FILE, Comparison, ParityReport, ParityRow, TrainingSide
+from minigpt.engine.resolve import kv_cache_dtype
+from minigpt.evaluate.certificate import PARITY_FILE, ParityReport, ParityRow
+from minigpt.evaluate.parity import Comparison, TrainingSide
 from minigpt.evaluate.report import Subject
 from minigpt.evaluate.run import check_free
 from minigpt.model.hf import quantization
@@ -43,7 +46,7 @@ def certify(
     Args:
         model: A model artifact or a Hugging Face directory: what is served.
         destination: Where the report artifact goes; nothing may be there.
-        config: Dtypes, sizes and the engine.
+        config: Dtypes, formats of the KV cache, sizes and the engine.
         text: A UTF-8 file; None is the source of Python's `argparse`.
         reference: The training side's model, for weights that were quantized afterwards; None
             is `model` itself.
@@ -53,6 +56,7 @@ def certify(
 
     Raises:
         ModelError: No model, or the reference has another vocabulary.
+        ConfigError: No runner serves such a dtype with such a KV cache here.
         DataError: The text is too short, or what the engine computes of it is not finite.
     """
     check_free(destination)
@@ -68,8 +72,9 @@ def certify(
         )
     windows = _windows(served, content, config)
     rows: list[ParityRow] = []
-    for dtype in config.dtypes:
-        engine = Engine.load(model, config.engine.replace(dtype=dtype))
+    for dtype, cache_format in itertools.product(config.dtypes, config.kv_cache_dtypes):
+        settings = config.engine.replace(dtype=dtype, kv_cache_dtype=cache_format)
+        engine = Engine.load(model, settings)
         rows += _compare(engine, base, windows, config.decode_tokens, _quantization(served))
     report = ParityReport(
         model=Subject(id=served.id, uri=_uri(model)),
@@ -79,7 +84,7 @@ def certify(
         context_length=len(windows[0]),
         device=engine.config.device,
         threads=torch.get_num_threads(),
-        rows=tuple(rows),
+        rows=tuple({row.place: row for row in rows}.values()),
     )
     sources = dict.fromkeys(str(each) for each in (model, base) if _is_artifact(each))
     parents = [open_artifact(each, kind="model", verify=False) for each in sources]
@@ -104,7 +109,7 @@ def _compare(
             served_dtype=dtype,
             reference_dtype=reference_dtype,
             quantization=bits,
-            kv_dtype=dtype,
+            kv_dtype=kv_cache_dtype(engine.config),
             runner=engine.runner_name,
             activation_bits=engine.activation_bits,
             prefill=_compare_prefill(engine, side, windows).numbers(),

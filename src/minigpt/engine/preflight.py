@@ -20,7 +20,9 @@ from minigpt.engine.resolve import (
     Report,
     activation_bits,
     check_activation_bits,
+    check_kv_cache_dtype,
     kv_bytes_per_token,
+    kv_cache_dtype,
     resolve_memory,
     resolve_numerics,
 )
@@ -42,6 +44,8 @@ class Preflight:
     available_bytes: int
     """Free memory of the device."""
     weight_bytes: int
+    kv_cache_dtype: str
+    """What keys and values are kept in."""
     kv_bytes_per_token: int
     kv_cache_bytes: int
     max_concurrent_tokens: int
@@ -61,8 +65,8 @@ def preflight(path: Path, config: EngineConfig, *, report: Report) -> Preflight:
 
     Raises:
         ModelError: No usable model there, or its weights do not fit: with the shortfall.
-        ConfigError: The cache can't hold one context, with the shortfall, no such device, or the
-            model can't be cut among so many ranks.
+        ConfigError: The cache can't hold one context, with the shortfall; torch would serve and
+            has no such cache; no such device; or the model can't be cut among so many ranks.
     """
     machine = describe_machine()
     gpu_memory = free_gpu_memory() if _torch_has_cuda() else None
@@ -81,6 +85,8 @@ def plan_memory(path: Path, config: EngineConfig, *, available: int, report: Rep
     bits = activation_bits(config)
     quantized = not all(header.is_floating for header in read_headers(weight_files(path)))
     check_activation_bits(bits, quantized=quantized, torch_serves=_torch_serves(config))
+    cache_format = kv_cache_dtype(config)
+    check_kv_cache_dtype(cache_format, config.dtype, torch_serves=_torch_serves(config))
     draft = None
     if config.speculative.draft_model is not None:
         draft_path = Path(config.speculative.draft_model)
@@ -105,6 +111,7 @@ def plan_memory(path: Path, config: EngineConfig, *, available: int, report: Rep
         activation_bits=bits,
         available_bytes=available,
         weight_bytes=weights,
+        kv_cache_dtype=cache_format,
         kv_bytes_per_token=per_token,
         kv_cache_bytes=config.kv_cache_bytes,
         max_concurrent_tokens=config.kv_cache_bytes // per_token,

@@ -8,6 +8,7 @@ from typing import Literal
 from minigpt.core.errors import ConfigError, ModelError
 from minigpt.core.machine import Machine
 from minigpt.engine.config import EngineConfig
+from minigpt.kernels.cache_format import CacheFormat, token_bytes
 from minigpt.model.config import ModelConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -19,7 +20,7 @@ Report = Callable[[str], None]
 def resolve_numerics(
     config: EngineConfig, machine: Machine, *, cuda: bool, report: Report
 ) -> EngineConfig:
-    """Settle device, dtype, activation bits, threads and token budget, whatever the weights.
+    """Settle device, dtypes, activation bits, threads and token budget, whatever the weights.
 
     Raises:
         ConfigError: A GPU is asked for and there is none.
@@ -35,6 +36,8 @@ def resolve_numerics(
         fast = on_gpu or machine.fast_bfloat16
         changes["dtype"] = "bfloat16" if fast else "float32"
         report(f"dtype = {changes['dtype']}: {'fast' if fast else 'no bfloat16'} in hardware")
+    if config.kv_cache_dtype == "auto":
+        changes["kv_cache_dtype"] = changes.get("dtype", config.dtype)
     if config.activation_bits == "auto":
         changes["activation_bits"] = activation_bits(config)
     if config.threads == "auto":
@@ -47,6 +50,33 @@ def resolve_numerics(
         changes["max_batched_tokens"] = budget
         report(f"max_batched_tokens = {budget}: a prompt delays streams by one such step")
     return config.replace(**changes)
+
+
+def kv_cache_dtype(config: EngineConfig) -> CacheFormat:
+    """Return what keys and values are kept in, of a config whose dtype is settled."""
+    assert config.dtype != "auto"
+    return config.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+
+
+def check_kv_cache_dtype(
+    cache_format: CacheFormat, dtype: str, *, torch_serves: str | None
+) -> None:
+    """Refuse a KV cache that torch would serve and can't.
+
+    Args:
+        cache_format: Of the cache.
+        dtype: Of activations.
+        torch_serves: Why torch serves and not the kernels, if it does.
+
+    Raises:
+        ConfigError: The cache isn't in the activations' dtype, and torch serves.
+    """
+    if torch_serves is not None and cache_format != dtype:
+        raise ConfigError(
+            f"kv_cache_dtype = {cache_format} beside dtype = {dtype} is the kernels', and torch "
+            f"serves here: {torch_serves}",
+            remedy=f"set kv_cache_dtype to auto, which is {dtype}",
+        )
 
 
 def activation_bits(config: EngineConfig) -> Literal[8, 16]:
@@ -129,7 +159,8 @@ def resolve_memory(
         allowed = int(available * config.memory_fraction)
         size = min(wanted, allowed) // per_block * per_block
         report(
-            f"kv_cache_bytes = {size}: {per_token} B/token x {size // per_token} tokens; "
+            f"kv_cache_bytes = {size}: {per_token} B/token in {kv_cache_dtype(config)} x "
+            f"{size // per_token} tokens; "
             f"{config.max_num_seqs} full contexts of {context_length} need {wanted}, "
             f"{config.memory_fraction:g} of {available} free allow {allowed}"
         )
@@ -157,9 +188,9 @@ def kv_bytes_per_token(
 
     Of several ranks it is the first one's, which has its part of the model and all that drafts.
     """
-    assert config.dtype != "auto"
-    values = 2 * model.num_layers * (model.num_kv_heads // config.tensor_parallel_size)
-    values *= model.head_dim
+    cache_format = kv_cache_dtype(config)
+    heads = model.num_kv_heads // config.tensor_parallel_size
+    total = model.num_layers * token_bytes(cache_format, heads, model.head_dim)
     if draft is not None:
-        values += 2 * draft.num_layers * draft.num_kv_heads * draft.head_dim
-    return values * DTYPE_BYTES[config.dtype]
+        total += draft.num_layers * token_bytes(cache_format, draft.num_kv_heads, draft.head_dim)
+    return total

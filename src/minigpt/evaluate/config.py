@@ -29,7 +29,8 @@ METRICS: dict[str, MetricInfo] = {
     "parse_rate_reference": MetricInfo("higher", "the same rate for the true continuations"),
 }
 """The metrics of every report; tasks add `task/<task>/<metric>`, a parity report
-`parity/<served dtype>/<reference dtype>/<number>`."""
+`parity/<served>/<reference dtype>/<number>`; served is the dtype, and `-kv-` and the KV cache's
+where that is another."""
 
 _TASK_PREFIX = "task/"
 _PARITY_PREFIX = "parity/"
@@ -128,6 +129,55 @@ class Regression(Config):
         return self
 
 
+ParityNumber = Literal[
+    "max_delta", "p99_delta", "mean_kl", "greedy_agreement",
+    "decode_max_delta", "decode_p99_delta", "decode_greedy_agreement",
+]  # fmt: skip
+
+
+def parity_place(dtype: str, kv_dtype: str, reference_dtype: str) -> str:
+    """Return what the metrics of a way of serving begin with."""
+    served = dtype if kv_dtype == dtype else f"{dtype}-kv-{kv_dtype}"
+    return f"{_PARITY_PREFIX}{served}/{reference_dtype}"
+
+
+def describe_serving(dtype: str, kv_dtype: str, runner: str, activation_bits: int) -> str:
+    """Say in words how a model is served."""
+    rounding = "" if activation_bits == 16 else f", {activation_bits}-bit activations"
+    return f"{dtype}, KV cache {kv_dtype}{rounding}, by {runner}"
+
+
+class RequiredParity(Config):
+    """A way of serving that must be certified by `minigpt parity`, and how near it must be."""
+
+    dtype: Literal["float32", "bfloat16"]
+    """What it is served in."""
+    runner: Literal["kernels", "torch"]
+    """What must have multiplied."""
+    kv_cache_dtype: Auto | Literal["float32", "bfloat16", "int8"] = "auto"
+    """What keys and values are kept in; auto is `dtype`."""
+    activation_bits: Literal[8, 16] = 16
+    """To what the inputs of integer weights are rounded."""
+    reference_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the plain forward pass that it is compared with."""
+    thresholds: dict[ParityNumber, Threshold] = Field(min_length=1)
+    """By number: {min: ..., max: ...}."""
+
+    @property
+    def place(self) -> str:
+        """As `ParityRow.place`."""
+        return parity_place(self.dtype, self._kv_dtype, self.reference_dtype)
+
+    @property
+    def served_by(self) -> str:
+        """As `ParityRow.served_by`."""
+        return describe_serving(self.dtype, self._kv_dtype, self.runner, self.activation_bits)
+
+    @property
+    def _kv_dtype(self) -> str:
+        return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+
+
 class GateConfig(Config):
     """Thresholds and allowed regressions; every rule must pass for the verdict `pass`."""
 
@@ -140,6 +190,8 @@ class GateConfig(Config):
     """By metric: {min: ..., max: ...}."""
     regressions: dict[str, Regression] = Field(default_factory=dict)
     """By metric: {relative: ...} or {absolute: ...} against the baseline."""
+    require_parity: tuple[RequiredParity, ...] = ()
+    """Ways of serving that a parity report of these very weights must certify."""
     baseline: str | None = None
     """What regressions are measured against: a report, or a name in the registry."""
     without_baseline: Literal["insufficient", "skip"] = "insufficient"
@@ -148,8 +200,10 @@ class GateConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.thresholds and not self.regressions:
-            raise ValueError("a gate without thresholds and regressions would pass anything")
+        if not (self.thresholds or self.regressions or self.require_parity):
+            raise ValueError(
+                "a gate without thresholds, regressions and require_parity would pass anything"
+            )
         for name in (*self.thresholds, *self.regressions):
             metric_info(name)
         return self

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from minigpt.core.artifact import Artifact, open_artifact
 from minigpt.core.config import load_config
-from minigpt.evaluate.config import GateConfig, Regression, metric_info
+from minigpt.evaluate.certificate import ParityReport
+from minigpt.evaluate.config import GateConfig, Regression, RequiredParity, Threshold, metric_info
 from minigpt.evaluate.pairing import Resampling, paired_change
 from minigpt.evaluate.report import (
     Measured,
@@ -63,6 +64,8 @@ def judge(
     evidence: Evidence,
     baseline: Evidence | None = None,
     resampling: Resampling = _DEFAULT_RESAMPLING,
+    *,
+    parity: ParityReport | None = None,
 ) -> Verdict:
     """Apply every rule of a gate.
 
@@ -71,8 +74,11 @@ def judge(
         evidence: The model that is judged.
         baseline: What regressions are measured against, None where there is none yet.
         resampling: Behind the intervals of paired differences.
+        parity: What is certified of serving this model.
     """
     rules = list(_thresholds(gate, evidence.report))
+    for required in gate.require_parity:
+        rules += _judge_parity(gate, required, parity)
     if baseline is not None or gate.without_baseline == "insufficient":
         for metric, allowed in gate.regressions.items():
             change = None
@@ -111,11 +117,34 @@ def _overall(verdicts: list[Outcome]) -> Outcome:
 
 def _thresholds(gate: GateConfig, report: Report) -> Iterator[RuleResult]:
     for metric, threshold in gate.thresholds.items():
-        value = report.metrics.get(metric)
-        if threshold.max is not None:
-            yield _rule(gate, metric, f"at most {threshold.max:g}", value, threshold.max)
-        if threshold.min is not None:
-            yield _rule(gate, metric, f"at least {threshold.min:g}", value, threshold.min, -1)
+        yield from _bounded(gate, metric, threshold, report.metrics.get(metric))
+
+
+def _bounded(
+    gate: GateConfig, metric: str, threshold: Threshold, value: Measured | None, problem: str = ""
+) -> Iterator[RuleResult]:
+    low, high = threshold.min, threshold.max
+    if high is not None:
+        yield _rule(gate, metric, f"at most {high:g}", value, high, problem=problem)
+    if low is not None:
+        yield _rule(gate, metric, f"at least {low:g}", value, low, -1, problem=problem)
+
+
+def _judge_parity(
+    gate: GateConfig, required: RequiredParity, parity: ParityReport | None
+) -> Iterator[RuleResult]:
+    """Judge one way of serving; numbers of any other prove nothing of it."""
+    row, problem = None, "there is no parity report: run `minigpt parity`, give it as --parity"
+    if parity is not None:
+        row = parity.find(required)
+        found = "; ".join(dict.fromkeys(row.served_by for row in parity.rows))
+        problem = f"required is {required.served_by}, against {required.reference_dtype}; " + (
+            f"certified is {found}"
+        )
+    numbers = {} if row is None else row.numbers()
+    for name, threshold in required.thresholds.items():
+        value = Measured(estimate=numbers[name]) if name in numbers else None
+        yield from _bounded(gate, f"{required.place}/{name}", threshold, value, problem)
 
 
 def _judge_regression(

@@ -68,6 +68,11 @@ class RuleResult(Config):
     baseline: float | None = None
     """The baseline's value, for a regression."""
 
+    def describe(self) -> str:
+        """Say in a line what was found and what it must be."""
+        found = "unknown" if self.value is None else f"{self.value:.6g}"
+        return f"{self.metric} is {found}, must be {self.rule}: {self.verdict}, {self.reason}"
+
 
 class Verdict(Config):
     """A gate's judgement: `pass` only where every rule passes."""
@@ -78,6 +83,11 @@ class Verdict(Config):
     baseline_id: str | None = None
     """The report that regressions were measured against."""
     baseline_uri: str | None = None
+
+    def broken(self) -> str:
+        """Describe the rules that did not pass, those that failed first."""
+        rules = sorted(self.rules, key=lambda rule: rule.verdict != "fail")
+        return "; ".join(rule.describe() for rule in rules if rule.verdict != "pass")
 
 
 class Subject(Config):

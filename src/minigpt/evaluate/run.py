@@ -22,6 +22,7 @@ from minigpt.core.storage import is_remote
 from minigpt.core.telemetry import progress
 from minigpt.data.shards import TokenDataset
 from minigpt.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from minigpt.evaluate.certificate import ParityReport, load_parity
 from minigpt.evaluate.code_samples import CodeSample, complete_code
 from minigpt.evaluate.config import EvaluateConfig, GateConfig
 from minigpt.evaluate.gate import Evidence, judge
@@ -32,7 +33,6 @@ from minigpt.evaluate.measures import (
     resampling,
     sample_metrics,
 )
-from minigpt.evaluate.parity import load_parity
 from minigpt.evaluate.report import (
     REPORT_FILE,
     SAMPLES_FILE,
@@ -104,11 +104,13 @@ def evaluate(
     check_free(destination)
     found = measure(model, dataset, config)
     report = found.report
-    if parity is not None:
-        report = report.replace(metrics=report.metrics | _parity_metrics(parity, report))
+    certificate = None if parity is None else _certificate(parity, report)
+    if certificate is not None:
+        report = report.replace(metrics=report.metrics | certificate.metrics())
     provenance = {"evaluate": config.model_dump(mode="json")}
     if gate is not None:
-        verdict = judge(gate, Evidence(report, found.scores), baseline, resampling(config))
+        evidence, intervals = Evidence(report, found.scores), resampling(config)
+        verdict = judge(gate, evidence, baseline, intervals, parity=certificate)
         report = report.replace(verdict=verdict)
         provenance["gate"] = gate.model_dump(mode="json")
     parents = [each for each in (found.source, dataset, parity) if each is not None]
@@ -123,6 +125,8 @@ def evaluate(
         draft.metrics["documents"] = report.documents
         if report.verdict is not None:
             draft.metrics["verdict"] = report.verdict.verdict
+            if report.verdict.verdict != "pass":
+                draft.metrics["broken_rules"] = report.verdict.broken()
     assert draft.artifact is not None
     return draft.artifact
 
@@ -174,7 +178,7 @@ def measure(model: str | Path, dataset: Artifact, config: EvaluateConfig) -> Mea
     return Measurement(source, loaded.path, report, scores, samples)
 
 
-def _parity_metrics(parity: Artifact, report: Report) -> dict[str, Measured]:
+def _certificate(parity: Artifact, report: Report) -> ParityReport:
     certificate = load_parity(parity)
     if certificate.model.id != report.model.id:
         raise ArtifactError(
@@ -182,7 +186,7 @@ def _parity_metrics(parity: Artifact, report: Report) -> dict[str, Measured]:
             f"{report.model.id[:12]}",
             remedy="run `minigpt parity` on the model that is evaluated",
         )
-    return certificate.metrics()
+    return certificate
 
 
 def _numerics(config: EvaluateConfig) -> tuple[str, str]:

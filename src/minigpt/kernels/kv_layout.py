@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minigpt.kernels import library
-
-CacheFormat = Literal["float32", "bfloat16", "int8"]
+from minigpt.kernels.cache_format import CacheFormat, token_bytes
 
 GROUP = 16
 """Tokens that lie together; a block holds whole groups."""
@@ -69,8 +68,7 @@ class KVLayout:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values."""
-        scales = 8 if self.format == "int8" else 0
-        return self.kv_heads * (2 * self.head_dim * _DTYPES[self.format].itemsize + scales)
+        return token_bytes(self.format, self.kv_heads, self.head_dim)
 
     def numbers(self) -> list[int]:
         """Return what the C functions take: format, block_size, kv_heads, head_dim."""

@@ -255,9 +255,14 @@ class Registry:
         if current.verdict != "pass":
             raise GateError(
                 f"the gate's verdict on {version.reference} is {current.verdict!r}, not 'pass' "
-                f"(report {current.report_uri})",
+                f"(report {current.report_uri}){self._broken_rules(current)}",
                 remedy="promote another version, or mend the model and register it anew",
             )
+
+    def _broken_rules(self, evidence: Evidence) -> str:
+        found = open_artifact(evidence.report_uri, kind="report", verify=False)
+        broken = found.manifest.metrics.get("broken_rules")
+        return f": {broken}" if broken else ""
 
     def _reconciled(self, model: str) -> dict[str, int]:
         """Return a model's aliases after noting changes that have no record yet."""
