@@ -7,7 +7,6 @@ the engine: then it is the supervisor's to start a new one.
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from minigpt.core.errors import MinigptError, RequestError
 from minigpt.core.processes import die_with_parent
 from minigpt.core.telemetry import configure_logging, get_logger
 from minigpt.engine.config import EngineConfig
+from minigpt.serve.collector import spare_what_is_loaded
 from minigpt.serve.engine_control import ControlledEngine, Controls, load_adapters
 from minigpt.serve.wire import (
     EngineSpec,
@@ -92,10 +92,8 @@ def _load_and_run(spec: EngineSpec, inbox: zmq.Socket[bytes], outbox: zmq.Socket
         failure = StartFailure(message=str(error), exit_code=error.exit_code)
         outbox.send(encode_from_engine([failure]))
         return error.exit_code
-    # What is loaded stays: spare the garbage collector from walking it during steps.
     load_adapters(engine, spec.adapters)
-    gc.collect()
-    gc.freeze()
+    spare_what_is_loaded()
     outbox.send(encode_from_engine([engine.ready(), engine.stats()]))
     run_loop(engine, inbox, outbox, parent_pid=spec.parent_pid)
     engine.close()

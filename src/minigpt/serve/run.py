@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import gc
 import logging
 import signal
 import socket
@@ -26,6 +25,7 @@ from minigpt.api.requests import Ready
 from minigpt.core.clock import SystemClock
 from minigpt.core.errors import ConfigError, ModelError, RequestError
 from minigpt.core.telemetry import configure_logging, get_logger
+from minigpt.serve.collector import spare_what_is_loaded
 from minigpt.serve.config import ServeConfig
 from minigpt.serve.engine_client import EngineClient
 from minigpt.serve.health import ProgressMonitor
@@ -223,9 +223,7 @@ class _ApiServer:
                 timeout_graceful_shutdown=_CLOSE_SECONDS,
             )
         )
-        # What is there now stays: spare the garbage collector from walking it.
-        gc.collect()
-        gc.freeze()
+        spare_what_is_loaded()
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         try:
             yield
