@@ -12,9 +12,9 @@ from minigpt.core.config import Auto, Config
 class SpeculativeConfig(Config):
     """Drafting tokens that are verified several at a step; answers stay the same."""
 
-    method: Literal["none", "ngram", "draft"] = "ngram"
-    """ngram looks up what followed the last tokens before; draft asks a smaller model. Both end
-    by themselves where they lose."""
+    method: Literal["none", "ngram", "draft", "heads"] = "ngram"
+    """ngram looks up what followed the last tokens before; draft asks a smaller model, heads asks
+    small ones trained on top of the model. All end by themselves where they lose."""
     max_draft_tokens: PositiveInt = 8
     """Most tokens drafted for a sequence in a step."""
     min_ngram: PositiveInt = 2
@@ -23,6 +23,8 @@ class SpeculativeConfig(Config):
     """Most last tokens that are compared; where more agree is preferred."""
     draft_model: str | None = None
     """A local model with the same vocabulary, several times smaller."""
+    draft_heads: str | None = None
+    """Heads of the served model, local: from a run with objective.kind = draft-heads."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -30,11 +32,13 @@ class SpeculativeConfig(Config):
             raise ValueError(
                 f"max_ngram = {self.max_ngram} must be at least min_ngram = {self.min_ngram}"
             )
-        if (self.method == "draft") != (self.draft_model is not None):
-            raise ValueError(
-                f"method = {self.method} with draft_model = {self.draft_model}: a draft_model is "
-                "given with method = draft, and only there"
-            )
+        for method, key in (("draft", "draft_model"), ("heads", "draft_heads")):
+            value = getattr(self, key)
+            if (self.method == method) != (value is not None):
+                raise ValueError(
+                    f"method = {self.method} with {key} = {value}: {key} is given with "
+                    f"method = {method}, and only there"
+                )
         return self
 
 

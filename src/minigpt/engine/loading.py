@@ -16,6 +16,7 @@ from minigpt.engine.native import not_covered
 from minigpt.engine.preflight import plan_memory
 from minigpt.engine.resolve import Report, resolve_memory, resolve_numerics
 from minigpt.model.decoder import Decoder
+from minigpt.model.draft_heads import DraftHeads, load_draft_heads
 from minigpt.model.weights import check_vocab, load_model
 
 
@@ -26,6 +27,8 @@ class Loaded:
     model: Decoder
     draft: Decoder | None
     """The model that drafts, if one does."""
+    heads: DraftHeads | None
+    """The heads that draft, if any do."""
     tokenizer: Tokenizer
     config: EngineConfig
     """With every "auto" settled."""
@@ -42,8 +45,8 @@ def load(path: str | Path, config: EngineConfig, report: Report) -> Loaded:
         report: Receives each derived number with its derivation.
 
     Raises:
-        ModelError: No usable weights there, they do not fit in memory, or the tokenizer does not
-            fit the model.
+        ModelError: No usable weights there, they do not fit in memory, the tokenizer does not
+            fit the model, or the draft heads are for other weights.
         ConfigError: The KV cache can't hold one context, or no such device is there.
     """
     config = resolve_numerics(
@@ -59,6 +62,10 @@ def load(path: str | Path, config: EngineConfig, report: Report) -> Loaded:
     draft, drafting = None, config.speculative.draft_model
     if drafting is not None:
         draft = load_model(drafting, dtype=config.dtype, device=config.device).model
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    heads = None
+    if (path_of_heads := config.speculative.draft_heads) is not None:
+        heads = load_draft_heads(path_of_heads, loaded.id, dtype=dtype, device=config.device)
     config = resolve_memory(
         config,
         loaded.config,
@@ -66,7 +73,6 @@ def load(path: str | Path, config: EngineConfig, report: Report) -> Loaded:
         report=report,
         draft=None if draft is None else draft.config,
     )
-    dtype: torch.dtype = getattr(torch, config.dtype)
     reason = not_covered(loaded.model, dtype, config.block_size, adapters=config.adapters)
     report("runner = kernels" if reason is None else f"runner = torch: {reason}")
-    return Loaded(loaded.model, draft, tokenizer, config, loaded.id)
+    return Loaded(loaded.model, draft, heads, tokenizer, config, loaded.id)

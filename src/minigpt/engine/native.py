@@ -12,7 +12,7 @@ from minigpt.engine.adapters import AdapterSet
 from minigpt.engine.batch import Chunk
 from minigpt.engine.packing import pack_weights
 from minigpt.engine.prompt_scores import read_prompt
-from minigpt.engine.runner import ModelRunner
+from minigpt.engine.runner import ModelRunner, Watch
 from minigpt.engine.sequence import Sequence
 from minigpt.kernels import library
 from minigpt.kernels.kv_layout import CacheFormat, KVLayout
@@ -30,6 +30,9 @@ class Runner(Protocol):
     name: ClassVar[str]
     """`kernels` or `torch`."""
 
+    watch: Watch | None
+    """Who sees the states that were sampled from; not passed on by `with_model`."""
+
     @property
     def adapters(self) -> AdapterSet | None:
         """The model's adapters; None where it can have none."""
@@ -45,6 +48,14 @@ class Runner(Protocol):
 
     def run(self, chunks: list[Chunk]) -> tuple[Tensor, list[Sequence]]:
         """See `ModelRunner.run`."""
+        ...
+
+    def embed(self, tokens: list[int]) -> Tensor:
+        """See `ModelRunner.embed`."""
+        ...
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """See `ModelRunner.project`."""
         ...
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
@@ -153,10 +164,12 @@ class NativeRunner:
         self._dtype = dtype
         self._cache_format = cache_format
         self._guesses = guesses
+        self.watch: Watch | None = None
         if caches is None:
             caches = [layout.allocate(num_blocks) for _ in range(config.num_layers)]
         self._caches = caches
-        self._step = Step(_plan(model, layout, self._caches, dtype), kernels)
+        self._plan = _plan(model, layout, self._caches, dtype)
+        self._step = Step(self._plan, kernels)
 
     def with_model(self, model: Decoder) -> NativeRunner:
         """See `Runner.with_model`; takes the model's weights as the first one's."""
@@ -194,11 +207,24 @@ class NativeRunner:
             tables += sequence.block_table[: -(-chunk.stop // self._block_size)]
             last_rows += range(len(tokens) - chunk.num_logits, len(tokens))
             sampled += [sequence] * chunk.num_logits
+        if self.watch is not None:
+            hidden_rows += last_rows
         logits, hidden = self._step.run(tokens, described, tables, last_rows, hidden_rows)
         for chunk in read:
             read_prompt(hidden[: chunk.length], chunk, self._step.project)
             hidden = hidden[chunk.length :]
+        if self.watch is not None and sampled:
+            self.watch(chunks, hidden)
         return logits, sampled
+
+    def embed(self, tokens: list[int]) -> Tensor:
+        """See `ModelRunner.embed`."""
+        table, scales = self._plan.embedding[tokens], self._plan.embedding_scales
+        return table if scales is None else (table * scales[tokens, None]).to(self._dtype)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """See `ModelRunner.project`."""
+        return self._step.project(hidden)
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """See `ModelRunner.copy_blocks`."""

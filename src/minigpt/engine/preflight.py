@@ -71,6 +71,9 @@ def plan_memory(path: Path, config: EngineConfig, *, available: int, report: Rep
         draft_path = Path(config.speculative.draft_model)
         draft = read_model_config(draft_path)
         weights += weight_bytes(read_headers(weight_files(draft_path)), config, draft)
+    if config.speculative.draft_heads is not None:
+        heads = read_headers(weight_files(Path(config.speculative.draft_heads)))
+        weights += sum(header.count for header in heads) * DTYPE_BYTES[config.dtype]
     if weights > available:
         raise ModelError(
             f"{path} takes {weights} bytes of weights in {config.dtype}, {available} are free: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,10 @@ from minigpt.engine.paged_attention import KVCache, PagedAttention
 from minigpt.engine.prompt_scores import read_prompt
 from minigpt.engine.sequence import Sequence
 from minigpt.model.decoder import Decoder
+
+Watch = Callable[[list[Chunk], Tensor], None]
+"""Receives a run's chunks in order and, after the final norm, the (S, C) states of the rows that
+are sampled from."""
 
 
 class ModelRunner:
@@ -34,6 +39,7 @@ class ModelRunner:
         self._cache = cache
         self.adapters = AdapterSet(model, cache.dtype)
         """Of this model."""
+        self.watch: Watch | None = None
 
     @classmethod
     def with_cache(
@@ -104,7 +110,19 @@ class ModelRunner:
         if not sampled:
             return hidden.new_empty(0, self._model.config.vocab_size, dtype=torch.float32), []
         last = hidden[0].index_select(0, self._tensor(last_rows))  # (S, C)
+        if self.watch is not None:
+            self.watch(ordered, last)
         return self._model.logits(last).float(), sampled
+
+    @torch.inference_mode()
+    def embed(self, tokens: list[int]) -> Tensor:
+        """Return the (R, C) embeddings of R tokens."""
+        return self._model.model.embed_tokens(self._tensor(tokens))  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def project(self, hidden: Tensor) -> Tensor:
+        """Map (R, C) states after the final norm to (R, V) float32 logits."""
+        return self._model.logits(hidden).float()
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy blocks of the cache, (source, destination), one after another."""
