@@ -130,9 +130,10 @@ class Exchange:
         if (error := swap.loaded.exception()) is not None:
             swap.done.set_exception(error)
             return False
-        if self._weights.runner.watch is not None:
+        digest, runner = swap.loaded.result()
+        if self._weights.runner.watch is not None and digest != self._weights.current:
             get_logger("engine").warning("the draft heads are of the old weights: drafting ends")
-        self._weights.install(*swap.loaded.result())
+        self._weights.install(digest, runner)
         swap.done.set_result(self._ready())
         return True
 

@@ -48,24 +48,39 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_final_model(
-    destination: Path,
+def save_result(
+    run_dir: Path,
     model: Decoder,
     config: TrainConfig,
     *,
+    base: str | None,
     tokenizer_dir: Path,
     metrics: Mapping[str, Any],
     parents: Sequence[Artifact | Parent],
 ) -> Artifact:
-    """Write the model artifact, or open the one that a killed end of the run already wrote.
+    """Write what the run has made, or open what a killed end of the run already wrote.
 
-    Adapters are written beside it as an artifact of their own; the model has them merged, so that
-    what is evaluated and served is a plain model.
+    Adapters are written beside the model as an artifact of their own; the model has them merged,
+    so that what is evaluated and served is a plain model. Draft heads are written alone: the
+    model is the one that the run began with.
+
+    Args:
+        run_dir: The run's directory.
+        model: Whole, on this rank.
+        config: The run's.
+        base: Id of the weights that it began with.
+        tokenizer_dir: With the tokenizer's files.
+        metrics: For the manifest.
+        parents: What it was made from.
     """
+    if config.objective.kind == "draft-heads":
+        assert base is not None
+        return _save_heads(run_dir / HEADS_DIRECTORY, model, config, base, metrics, parents)
+    destination = run_dir / MODEL_DIRECTORY
     if is_artifact(destination):
         return open_artifact(destination, kind="model")
     if has_adapters(model):
-        adapter = _save_adapter(destination.with_name(ADAPTER_DIRECTORY), model, config, parents)
+        adapter = _save_adapter(run_dir / ADAPTER_DIRECTORY, model, config, parents)
         parents = [*parents, adapter]
     with create_artifact(destination, kind="model", parents=parents, config=config) as draft:
         save_model(draft.path, merged_state(model), model.config, tokenizer_dir)
@@ -74,16 +89,14 @@ def save_final_model(
     return draft.artifact
 
 
-def save_final_heads(
+def _save_heads(
     destination: Path,
     model: Decoder,
     config: TrainConfig,
-    *,
     base: str,
     metrics: Mapping[str, Any],
     parents: Sequence[Artifact | Parent],
 ) -> Artifact:
-    """Write the draft heads' artifact, as `save_final_model`; `base` is the id of the weights."""
     if is_artifact(destination):
         return open_artifact(destination, kind="draft-heads")
     described = DraftHeadsConfig(

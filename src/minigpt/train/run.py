@@ -44,14 +44,7 @@ from minigpt.train.context import Member, Outputs, Speedometer
 from minigpt.train.display import SilentDisplay, make_display, show_table
 from minigpt.train.export_weights import model_files
 from minigpt.train.faults import faults_from_environment
-from minigpt.train.finish import (
-    HEADS_DIRECTORY,
-    MODEL_DIRECTORY,
-    open_result,
-    save_final_heads,
-    save_final_model,
-    write_final,
-)
+from minigpt.train.finish import open_result, save_result, write_final
 from minigpt.train.interrupt import TrainingInterruptedError
 from minigpt.train.loop import TrainLoop
 from minigpt.train.machine import choose_device, measured_peak
@@ -368,23 +361,15 @@ def _finish(
     outputs.metrics.flush()
     outputs.events.flush()
     skipped = loader.skip_list.num_samples
-    metrics = {"loss": state.loss, "skipped_samples": skipped, **state.validation}
-    parents = [*sources.parents, checkpoint]
-    if config.objective.kind == "draft-heads":
-        assert sources.initial is not None
-        destination, base = run_dir / HEADS_DIRECTORY, sources.initial.id
-        artifact = save_final_heads(
-            destination, model, config, base=base, metrics=metrics, parents=parents
-        )
-    else:
-        artifact = save_final_model(
-            run_dir / MODEL_DIRECTORY,
-            model,
-            config,
-            tokenizer_dir=sources.train.tokenizer_dir,
-            metrics=metrics,
-            parents=parents,
-        )
+    artifact = save_result(
+        run_dir,
+        model,
+        config,
+        base=None if sources.initial is None else sources.initial.id,
+        tokenizer_dir=sources.train.tokenizer_dir,
+        metrics={"loss": state.loss, "skipped_samples": skipped, **state.validation},
+        parents=[*sources.parents, checkpoint],
+    )
     write_final(
         run_dir / FINAL_FILE,
         run_dir / METRICS_FILE,
