@@ -113,6 +113,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="heads: a trained model's artifact")
     parser.add_argument("--heads", help="heads: its draft heads")
     parser.add_argument("--dataset", help="heads: a dataset with its tokenizer")
+    parser.add_argument("--draft-vocabulary", type=int, help="heads: draft among so many tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="heads: 0 is greedy")
     parser.add_argument("--shape", choices=SHAPES, default="124M")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)

@@ -77,7 +77,7 @@ def compare_heads(concurrency: int, arguments: argparse.Namespace) -> dict[str, 
         first = number * concurrency
         chosen = [prompts[(first + i) % len(prompts)] for i in range(concurrency)]
         for which in range(len(KINDS)) if number % 2 else reversed(range(len(KINDS))):
-            if not number:
+            if number == 1:
                 engines[which].draft_seconds = 0.0
             timing, _ = answer(engines[which].engine, chosen, arguments)
             if number:
@@ -104,10 +104,11 @@ def _ratio(seconds: list[list[float]], which: int) -> float:
 
 
 def _load(kind: str, arguments: argparse.Namespace) -> Engine:
-    speculative = {"method": "none"}
+    speculative: dict[str, Any] = {"method": "none"}
     if kind != "without":
         speculative = {"method": "heads", "draft_heads": arguments.heads}
         speculative["max_draft_tokens"] = arguments.draft
+        speculative["draft_vocabulary"] = arguments.draft_vocabulary
     return Engine.load(
         arguments.model,
         EngineConfig.model_validate(

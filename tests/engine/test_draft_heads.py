@@ -111,6 +111,35 @@ def test_answers_are_the_same(
         assert stats.preemptions > 0
 
 
+def test_part_of_the_vocabulary_suffices(
+    make_narrow: Make, engines: Make, run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens beyond it are never drafted, and answered all the same."""
+    model = make_narrow()
+    requests = [
+        _request("greedy", _prompt(20, 1, 6), temperature=0, max_tokens=40),
+        _request("drawn", _prompt(17, 2, 6), n=2, temperature=0.8, logprobs=1, max_tokens=40),
+    ]
+    plain, drafting = engines(model, num_blocks=300, max_batched_tokens=60)
+    drafter: Any = drafting._executor._drafter
+    drafter._heads.use_output(model.output_weight[:3])
+    drafted = []
+    fill = drafter.fill
+
+    def watch(chunks: list[Any]) -> list[Any]:
+        filled: list[Any] = fill(chunks)
+        drafted.extend(token for chunk in filled for token in chunk.drafted)
+        return filled
+
+    monkeypatch.setattr(drafter, "fill", watch)
+    expected, found = run(plain, *requests), run(drafting, *requests)
+    for key, answer in expected.items():
+        assert found[key].token_ids == answer.token_ids, key
+    assert set(drafted) <= {0, 1, 2}
+    assert drafting.stats().accepted_tokens > 0
+    assert any(max(answer.token_ids) > 2 for answer in found.values())
+
+
 class Oracle(DraftHeads):
     """Knows the state that the model will have, if it is told the right one before it."""
 
@@ -130,7 +159,9 @@ class Oracle(DraftHeads):
         return torch.stack([self.known[self.key(row)][1] for row in state])
 
 
-def test_heads_see_the_last_verified_state(make_model: Make, make_engine: Make, run: Make) -> None:
+def test_heads_see_the_last_verified_state(
+    make_model: Make, make_engine: Make, run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Heads that map each true state to the next one are always right: none is off by a place."""
     model = make_model()
     prompt = _prompt(20, 1)
@@ -147,7 +178,7 @@ def test_heads_see_the_last_verified_state(make_model: Make, make_engine: Make, 
     )
     for _ in range(3):
         drafting._pacer.model.observe(StepWork(decode_rows=1), 1.0)
-    drafting._pacer.model.observe = lambda work, seconds: None
+    monkeypatch.setattr(drafting._pacer.model, "observe", lambda work, seconds: None)
     assert run(drafting, _request("r", prompt, temperature=0))["r", 0].token_ids == answer
     stats = drafting.stats()
     assert stats.accepted_tokens == stats.drafted_tokens >= 15
@@ -251,7 +282,11 @@ def _config(heads: Artifact) -> EngineConfig:
 
 
 def test_they_end_with_the_weights_that_they_are_for(
-    tiny_model: Path, heads_artifact: Artifact, tmp_path: Path, run: Make
+    tiny_model: Path,
+    heads_artifact: Artifact,
+    tmp_path: Path,
+    run: Make,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After a swap to others nothing is drafted; answers go on."""
     loaded = load_model(tiny_model)
@@ -259,7 +294,11 @@ def test_they_end_with_the_weights_that_they_are_for(
     with create_artifact(tmp_path / "others", kind="model") as draft:
         save_model(draft.path, others, loaded.config, tiny_model)
     engine = Engine.load(tiny_model, _config(heads_artifact))
-    engine._speculator._lengths = lambda rows, proposals, work: dict.fromkeys(proposals, 2)
+    monkeypatch.setattr(
+        engine._speculator,
+        "_lengths",
+        lambda rows, proposals, work: dict.fromkeys(proposals, 2),
+    )
     request = _request("r", [1, 2, 3, 4], temperature=0, max_tokens=30)
     assert len(run(engine, request)["r", 0].token_ids) == 30
     drafted = engine.stats().drafted_tokens
@@ -296,7 +335,9 @@ def test_heads_count_in_memory(tiny_model: Path, heads_artifact: Artifact) -> No
     assert plans[1].kv_bytes_per_token == plans[0].kv_bytes_per_token
 
 
-@pytest.mark.parametrize("changes", [{"method": "heads"}, {"draft_heads": "somewhere"}])
-def test_method_and_heads_belong_together(changes: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"method": "heads"}, {"draft_heads": "x"}, {"draft_vocabulary": 9}]
+)
+def test_method_and_heads_belong_together(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="only there"):
         SpeculativeConfig.model_validate(changes)

@@ -52,7 +52,8 @@ class Plain:
     sharers = 1
 
     def hidden(self, model: Decoder, batch: Batch) -> Tensor:
-        return model(batch.tokens, batch.positions, CausalAttention())
+        hidden: Tensor = model(batch.tokens, batch.positions, CausalAttention())
+        return hidden
 
 
 def test_the_loss_is_the_mean_divergence_over_the_depths(small_decoder: Decoder) -> None:
@@ -71,7 +72,7 @@ def test_the_loss_is_the_mean_divergence_over_the_depths(small_decoder: Decoder)
     batch = Batch(tokens[:, :-1], targets, positions, documents)
     compute: Any = Plain()
     loss = DraftHeadsObjective(depth).loss_sum(model, batch, compute)
-    loss.backward()
+    torch.autograd.backward(loss)
     found = {name: p.grad for name, p in heads.named_parameters()}
     heads.zero_grad()
 
@@ -90,7 +91,7 @@ def test_the_loss_is_the_mean_divergence_over_the_depths(small_decoder: Decoder)
                 ours = (model.output_weight @ state).log_softmax(-1)
                 theirs = (model.output_weight @ hidden[row, at]).log_softmax(-1)
                 naive = naive + (theirs.exp() * (theirs - ours)).sum() / depth
-    naive.backward()
+    torch.autograd.backward(naive)
     assert float(loss.detach()) == pytest.approx(float(naive.detach()), rel=1e-10)
     for name, parameter in heads.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-8, atol=1e-10)

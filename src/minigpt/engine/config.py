@@ -25,6 +25,9 @@ class SpeculativeConfig(Config):
     """A local model with the same vocabulary, several times smaller."""
     draft_heads: str | None = None
     """Heads of the served model, local: from a run with objective.kind = draft-heads."""
+    draft_vocabulary: PositiveInt | None = None
+    """heads: draft only this many first tokens of the vocabulary, in a BPE nearly the most
+    frequent ones, so that less is multiplied; null is all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -39,6 +42,11 @@ class SpeculativeConfig(Config):
                     f"method = {self.method} with {key} = {value}: {key} is given with "
                     f"method = {method}, and only there"
                 )
+        if self.method != "heads" and self.draft_vocabulary is not None:
+            raise ValueError(
+                f"draft_vocabulary = {self.draft_vocabulary} with method = {self.method}: it is "
+                "given with method = heads, and only there"
+            )
         return self
 
 

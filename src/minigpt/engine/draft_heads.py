@@ -67,7 +67,8 @@ class HeadDrafter:
         ahead = 0
         while active and state is not None:
             state = self._heads(state, self._runner.embed(tokens))
-            logits = self._runner.project(state)
+            output = self._heads.output
+            logits = self._runner.project(state) if output is None else output(state).float()
             choices = sample(logits, [chunk.sequence for chunk in active], ahead=ahead)
             ahead += 1
             for chunk, choice in zip(active, choices, strict=True):

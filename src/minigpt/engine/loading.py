@@ -66,6 +66,8 @@ def load(path: str | Path, config: EngineConfig, report: Report) -> Loaded:
     heads = None
     if (path_of_heads := config.speculative.draft_heads) is not None:
         heads = load_draft_heads(path_of_heads, loaded.id, dtype=dtype, device=config.device)
+        if (count := config.speculative.draft_vocabulary) is not None:
+            heads.use_output(loaded.model.output_weight[:count])
     config = resolve_memory(
         config,
         loaded.config,

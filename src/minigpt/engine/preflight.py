@@ -73,7 +73,9 @@ def plan_memory(path: Path, config: EngineConfig, *, available: int, report: Rep
         weights += weight_bytes(read_headers(weight_files(draft_path)), config, draft)
     if config.speculative.draft_heads is not None:
         heads = read_headers(weight_files(Path(config.speculative.draft_heads)))
-        weights += sum(header.count for header in heads) * DTYPE_BYTES[config.dtype]
+        elements = sum(header.count for header in heads)
+        elements += (config.speculative.draft_vocabulary or 0) * model.hidden_size
+        weights += elements * DTYPE_BYTES[config.dtype]
     if weights > available:
         raise ModelError(
             f"{path} takes {weights} bytes of weights in {config.dtype}, {available} are free: "

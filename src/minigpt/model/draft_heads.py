@@ -64,6 +64,19 @@ class DraftHeads(nn.Module):
         self.up = nn.Linear(width, _INNER * width, bias=False)
         self.down = nn.Linear(_INNER * width, width, bias=False)
         self.norm = RMSNorm(width, eps)
+        self.output: nn.Linear | None = None
+        """The first rows of the model's output projection, where `use_output` took them."""
+
+    def use_output(self, weight: Tensor) -> None:
+        """Guess among the tokens of an (N, C) output projection alone, of which this is a copy.
+
+        The product with all of a vocabulary is most of what a guess costs (FR-Spec,
+        https://arxiv.org/abs/2502.14856).
+        """
+        with torch.device("meta"):
+            output = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        output.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.output = output
 
     def forward(self, state: Tensor, embedding: Tensor) -> Tensor:
         """Return the (..., C) state at a token.
