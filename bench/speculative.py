@@ -13,7 +13,8 @@ the model computes them; each kind of text with drafting and without, in turns:
 Formulas: tokens/s = generated tokens / wall time, medians over the rounds; the ratio is the
 median of the rounds' ratios, in wall and in processor time (all threads).
 
-Run it as `python -m bench.speculative`.
+Run it as `python -m bench.speculative`. With `--method heads --model PATH --heads PATH
+--dataset PATH` it measures draft heads on a trained model instead: see `speculative_heads`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 from bench.engine_throughput import make_engine
 from bench.harness import environment, print_environment, print_table, write_results
 from bench.serving.models import SHAPES
+from bench.speculative_heads import compare_heads
 from minigpt.api.requests import Request, SamplingParams
 from minigpt.engine.engine import Engine
 from minigpt.engine.runner import ModelRunner
@@ -66,6 +68,9 @@ def main() -> None:
     arguments = parse_arguments()
     described = environment()
     print_environment(described)
+    if arguments.method == "heads":
+        compare_trained(described, arguments)
+        return
     rows = []
     for kind, concurrency in itertools.product(arguments.kinds, arguments.concurrency):
         rows.append(compare(kind, concurrency, arguments))
@@ -85,8 +90,31 @@ def main() -> None:
     )
 
 
+def compare_trained(described: dict[str, Any], arguments: argparse.Namespace) -> None:
+    rows = [compare_heads(concurrency, arguments) for concurrency in arguments.concurrency]
+    print_table(
+        ("streams", "tokens/s without", "as it decides", "always", "ratio", "of CPU",
+         "always: ratio", "of CPU", "right at 1, 2, ...", "share of drafting"),
+        [
+            (row["concurrency"], *(f"{value:.1f}" for value in row["tokens_per_second"]),
+             *(f"{row[kind][i]:.3f}" for i in (0, 1) for kind in ("ratio", "cpu_ratio")),
+             ", ".join(f"{value:.2f}" for value in row["right"]), f"{row['draft_share']:.2f}")
+            for row in rows
+        ],
+    )  # fmt: skip
+    write_results(
+        "speculative_heads", {"environment": described, "settings": vars(arguments), "rows": rows}
+    )
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--method", choices=("ngram", "heads"), default="ngram")
+    parser.add_argument("--model", help="heads: a trained model's artifact")
+    parser.add_argument("--heads", help="heads: its draft heads")
+    parser.add_argument("--dataset", help="heads: a dataset with its tokenizer")
+    parser.add_argument("--draft-vocabulary", type=int, help="heads: draft among so many tokens")
+    parser.add_argument("--temperature", type=float, default=0.0, help="heads: 0 is greedy")
     parser.add_argument("--shape", choices=SHAPES, default="124M")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])

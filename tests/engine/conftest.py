@@ -14,6 +14,7 @@ from minigpt.engine.resolve import kv_bytes_per_token
 from minigpt.model.attention import CausalAttention
 from minigpt.model.config import ModelConfig
 from minigpt.model.decoder import Decoder
+from minigpt.model.draft_heads import DraftHeads
 
 VOCAB_SIZE = 259
 EOS = 256
@@ -72,6 +73,7 @@ def make_engine() -> MakeEngine:
         num_blocks: int = 64,
         block_size: int = 4,
         draft: Decoder | None = None,
+        heads: DraftHeads | None = None,
         **changes: object,
     ) -> Engine:
         settings: dict[str, object] = {
@@ -86,7 +88,8 @@ def make_engine() -> MakeEngine:
         config = EngineConfig.model_validate(settings | changes)
         shape = None if draft is None else draft.config
         size = kv_bytes_per_token(config, model.config, shape) * block_size * num_blocks
-        return Engine(model, ByteVocabulary(), config.replace(kv_cache_bytes=size), draft=draft)
+        config = config.replace(kv_cache_bytes=size)
+        return Engine(model, ByteVocabulary(), config, draft=draft, heads=heads)
 
     return make
 

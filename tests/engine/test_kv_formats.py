@@ -120,7 +120,7 @@ def test_bytes_are_those_that_are_allocated(
     draft = make_model(seed=1, head_dim=32, num_layers=1, context_length=256).bfloat16()
     speculative = {"method": "draft", "draft_model": "x"}
     engine = serve(kv_cache_dtype, num_blocks=16, draft=draft, speculative=speculative)
-    runners = [engine._weights.runner, engine._draft_model.runner]
+    runners = engine._executor._runners
     assert all(isinstance(runner, NativeRunner) for runner in runners)
     caches = [cache for runner in runners for cache in runner._caches]
     assert sum(cache.nbytes for cache in caches) == engine.config.kv_cache_bytes

@@ -18,7 +18,7 @@ from minigpt.core.config import Config
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-Kind = Literal["tokenizer", "dataset", "model", "adapter", "checkpoint", "report"]
+Kind = Literal["tokenizer", "dataset", "model", "adapter", "draft-heads", "checkpoint", "report"]
 
 _BLOCK = 1 << 20
 

@@ -12,9 +12,9 @@ from minigpt.core.config import Auto, Config
 class SpeculativeConfig(Config):
     """Drafting tokens that are verified several at a step; answers stay the same."""
 
-    method: Literal["none", "ngram", "draft"] = "ngram"
-    """ngram looks up what followed the last tokens before; draft asks a smaller model. Both end
-    by themselves where they lose."""
+    method: Literal["none", "ngram", "draft", "heads"] = "ngram"
+    """ngram looks up what followed the last tokens before; draft asks a smaller model, heads asks
+    small ones trained on top of the model. All end by themselves where they lose."""
     max_draft_tokens: PositiveInt = 8
     """Most tokens drafted for a sequence in a step."""
     min_ngram: PositiveInt = 2
@@ -23,6 +23,11 @@ class SpeculativeConfig(Config):
     """Most last tokens that are compared; where more agree is preferred."""
     draft_model: str | None = None
     """A local model with the same vocabulary, several times smaller."""
+    draft_heads: str | None = None
+    """Heads of the served model, local: from a run with objective.kind = draft-heads."""
+    draft_vocabulary: PositiveInt | None = None
+    """heads: draft only this many first tokens of the vocabulary, in a BPE nearly the most
+    frequent ones, so that less is multiplied; null is all."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -30,10 +35,17 @@ class SpeculativeConfig(Config):
             raise ValueError(
                 f"max_ngram = {self.max_ngram} must be at least min_ngram = {self.min_ngram}"
             )
-        if (self.method == "draft") != (self.draft_model is not None):
+        for method, key in (("draft", "draft_model"), ("heads", "draft_heads")):
+            value = getattr(self, key)
+            if (self.method == method) != (value is not None):
+                raise ValueError(
+                    f"method = {self.method} with {key} = {value}: {key} is given with "
+                    f"method = {method}, and only there"
+                )
+        if self.method != "heads" and self.draft_vocabulary is not None:
             raise ValueError(
-                f"method = {self.method} with draft_model = {self.draft_model}: a draft_model is "
-                "given with method = draft, and only there"
+                f"draft_vocabulary = {self.draft_vocabulary} with method = {self.method}: it is "
+                "given with method = heads, and only there"
             )
         return self
 
@@ -111,6 +123,11 @@ class EngineConfig(Config):
             raise ValueError(
                 f"max_batched_tokens = {self.max_batched_tokens} must be at least "
                 f"max_num_seqs = {self.max_num_seqs}, or decode could not serve all"
+            )
+        if self.speculative.method == "heads" and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"speculative.method = heads with tensor_parallel_size = "
+                f"{self.tensor_parallel_size}: draft heads are one process's; draft with ngram"
             )
         return self
 

@@ -6,7 +6,7 @@ import torch
 
 from minigpt.engine.batch import Chunk
 from minigpt.engine.choice import Sampled
-from minigpt.engine.native import make_runner
+from minigpt.engine.native import Runner, make_runner
 from minigpt.engine.sampler import sample
 from minigpt.engine.sequence import Sequence
 from minigpt.kernels.cache_format import CacheFormat
@@ -50,6 +50,15 @@ class DraftModel:
             cache_format=cache_format,
             guesses=True,
         )
+
+    @property
+    def runners(self) -> list[Runner]:
+        """The one whose KV cache goes with the large model's."""
+        return [self.runner]
+
+    def can_draft(self, sequence: Sequence) -> bool:
+        """Tell whether it can draft for a sequence: always."""
+        return True
 
     def fill(self, chunks: list[Chunk]) -> list[Chunk]:
         """Return the chunks with guesses in place of what they have drafted.

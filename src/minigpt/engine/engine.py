@@ -15,26 +15,25 @@ from minigpt.core.clock import Clock, SystemClock
 from minigpt.core.errors import RequestError
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.engine import loading
-from minigpt.engine.batch import Chunk
 from minigpt.engine.blocks import BlockManager
-from minigpt.engine.choice import Sampled
 from minigpt.engine.config import EngineConfig
 from minigpt.engine.cost_model import Pacer, largest_step
+from minigpt.engine.draft_heads import HeadDrafter
 from minigpt.engine.draft_model import DraftModel
+from minigpt.engine.execution import Drafter, Executor, Outcome
 from minigpt.engine.fairness import FairQueue
-from minigpt.engine.host import environment, free_memory
-from minigpt.engine.native import Runner, make_runner
+from minigpt.engine.host import environment
+from minigpt.engine.native import make_runner
 from minigpt.engine.output import OutputProcessor, Vocabulary
-from minigpt.engine.parallel import RankError, Ranks
+from minigpt.engine.parallel import Ranks
 from minigpt.engine.parallel_runner import ParallelRunner
 from minigpt.engine.prefix_cache import prefix_root
 from minigpt.engine.prompt import Observer
 from minigpt.engine.resolve import activation_bits, kv_bytes_per_token, kv_cache_dtype
-from minigpt.engine.sampler import sample
 from minigpt.engine.scheduler import Scheduler
 from minigpt.engine.sequence import Sequence
 from minigpt.engine.shaping import Shaping
-from minigpt.engine.speculative import Speculator, keep_right
+from minigpt.engine.speculative import Speculator
 from minigpt.engine.structured import GrammarCompiler
 from minigpt.engine.swap import Exchange, Host
 from minigpt.engine.utilization import UtilizationMeter, WorkSize
@@ -42,6 +41,7 @@ from minigpt.engine.validate import check_request
 from minigpt.engine.warmup import measure_limits, warm_up, weight_bytes
 from minigpt.engine.weights import HeldWeights
 from minigpt.model.decoder import Decoder
+from minigpt.model.draft_heads import DraftHeads
 
 
 class Engine:
@@ -60,6 +60,7 @@ class Engine:
         config: With every "auto" settled; see `resolve`.
         draft: The model that drafts, likewise; only with the method "draft".
         ranks: The other processes that compute the model, of which `model` is then rank 0's part.
+        heads: The model's draft heads, likewise; only with the method "heads".
         model_id: Hash of what is served.
         clock: For durations in the stats.
     """
@@ -72,6 +73,7 @@ class Engine:
         *,
         draft: Decoder | None = None,
         ranks: Ranks | None = None,
+        heads: DraftHeads | None = None,
         model_id: str = "",
         clock: Clock | None = None,
     ) -> None:
@@ -85,59 +87,52 @@ class Engine:
         self._ranks = ranks
         self._clock = clock or SystemClock()
         assert (draft is None) == (config.speculative.method != "draft")
+        assert (heads is None) == (config.speculative.method != "heads")
         draft_config = None if draft is None else draft.config
         per_token = kv_bytes_per_token(config, self._model_config, draft_config)
-        per_block = per_token * config.block_size
-        blocks = BlockManager(config.kv_cache_bytes // per_block, config.block_size)
+        num_blocks = config.kv_cache_bytes // (per_token * config.block_size)
+        blocks = BlockManager(num_blocks, config.block_size)
         target = config.inter_token_target_ms
         self._pacer = Pacer(None if target == "auto" else target / 1000)
-        self._speculator = (
-            None
-            if config.speculative.method == "none"
-            else Speculator(config.speculative, self._pacer.model)
-        )
-        self._scheduler = Scheduler(
-            blocks,
-            config.max_num_seqs,
-            config.max_batched_tokens,
-            queue=FairQueue(
-                config.tenant_weights,
-                input_weight=config.input_token_weight,
-                output_weight=config.output_token_weight,
-            ),
-            pacer=self._pacer,
-            speculator=self._speculator,
-            prefix_cache=config.prefix_cache,
-            priority_step_tokens=config.priority_step_tokens,
-        )
         cache: dict[str, Any] = {
-            "num_blocks": blocks.num_blocks,
+            "num_blocks": num_blocks,
             "block_size": config.block_size,
             "dtype": getattr(torch, config.dtype),
         }
-        self._work_size = WorkSize.of(
-            self._model_config, weight_bytes(model), per_block // config.block_size
-        )
+        self._work_size = WorkSize.of(self._model_config, weight_bytes(model), per_token)
         self._meter: UtilizationMeter | None = None
-        runner: Runner
-        if ranks is None:
-            bits = activation_bits(config)
+        drafter: Drafter | None = None
+        if ranks is not None:
+            assert heads is None, "see SpeculativeConfig"
+            self._weights = HeldWeights(model_id, ParallelRunner.with_cache(model, ranks, **cache))
+        else:
             runner = make_runner(
                 model,
                 **cache,
                 cache_format=kv_cache_dtype(config),
                 adapters=config.adapters,
-                activation_bits=bits,
+                activation_bits=activation_bits(config),
             )
-        else:
-            runner = ParallelRunner.with_cache(model, ranks, **cache)
-        self._weights = HeldWeights(model_id, runner)
+            self._weights = HeldWeights(model_id, runner)
+            drafter = None if heads is None else HeadDrafter(heads, runner)
+        if draft is not None:
+            drafter = DraftModel(draft, **cache, cache_format=kv_cache_dtype(config))
         self._exchange = Exchange(self._weights, self._host, self.ready)
-        self._draft_model = (
-            None
-            if draft is None
-            else DraftModel(draft, **cache, cache_format=kv_cache_dtype(config))
+        self._speculator: Speculator | None = None
+        if config.speculative.method != "none":
+            can_draft = None if drafter is None else drafter.can_draft
+            self._speculator = Speculator(config.speculative, self._pacer.model, can_draft)
+        self._scheduler = Scheduler(
+            blocks,
+            config.max_num_seqs,
+            config.max_batched_tokens,
+            queue=FairQueue.of(config),
+            pacer=self._pacer,
+            speculator=self._speculator,
+            prefix_cache=config.prefix_cache,
+            priority_step_tokens=config.priority_step_tokens,
         )
+        self._executor = Executor(self._weights, self._scheduler, self._speculator, drafter)
         ends = self._model_config.stop_token_ids
         eos = (self._model_config.eos_token_id, vocabulary.eos_token_id, *ends)
         self._eos_token_ids = tuple(dict.fromkeys(t for t in eos if t is not None))
@@ -190,6 +185,7 @@ class Engine:
             loaded.config,
             draft=loaded.draft,
             ranks=loaded.ranks,
+            heads=loaded.heads,
             model_id=loaded.id,
             clock=clock,
         )
@@ -254,8 +250,7 @@ class Engine:
         if request.id in self._requests:
             raise RequestError(f"request id {request.id!r} is in use", remedy="choose another")
         sampling = request.sampling
-        seed = sampling.seed
-        seed = self._seeds.getrandbits(64) if seed is None else seed
+        seed = self._seeds.getrandbits(64) if sampling.seed is None else sampling.seed
         weights, adapter = self._weights.current, self._weights.adapter(request.adapter)
         root = prefix_root(weights, adapter)
         sequences = [
@@ -313,9 +308,9 @@ class Engine:
         for chunk in batch.chunks:
             if chunk.sequence.queue_seconds is None:
                 chunk.sequence.queue_seconds = started - chunk.sequence.arrived_seconds
-        for runner in self._runners:
-            runner.copy_blocks(batch.copies)
-        deltas += self._run(self._guess(batch.chunks))
+        self._executor.copy_blocks(batch.copies)
+        for outcome in self._executor.run(batch.chunks):
+            deltas.append(self._take_over(outcome))
         self._steps += 1
         seconds = self._clock.monotonic() - started
         self._pacer.model.observe(batch.work, seconds)
@@ -391,65 +386,14 @@ class Engine:
         if self._ranks is not None:
             self._ranks.close()
 
-    @property
-    def _runners(self) -> list[Runner]:
-        """One for each KV cache: all weights of the model share theirs."""
-        draft = self._draft_model
-        return [self._weights.runner] if draft is None else [self._weights.runner, draft.runner]
-
-    def _guess(self, chunks: list[Chunk]) -> list[Chunk]:
-        """Let the draft model, where there is one, say what is drafted; it may fail."""
-        if self._draft_model is None:
-            return chunks
-        try:
-            return self._draft_model.fill(chunks)
-        except Exception:
-            return [chunk.with_drafts(()) for chunk in chunks]
-
-    def _run(self, chunks: list[Chunk]) -> list[Delta]:
-        """Run and sample; where that raises, find the culprit by running chunk by chunk."""
-        try:
-            logits, sequences = self._weights.run(chunks)
-            choices = sample(logits, sequences)
-        except RankError:
-            raise
-        except Exception as error:
-            if len(chunks) > 1:
-                return [delta for chunk in chunks for delta in self._run([chunk])]
-            if chunks[0].drafted:
-                return self._run([chunks[0].with_drafts(())])
-            return [self._fail(chunks[0].sequence, f"{type(error).__name__}: {error}")]
-        return self._take_over(chunks, sequences, choices)
-
-    def _take_over(
-        self, chunks: list[Chunk], sequences: list[Sequence], choices: list[Sampled | None]
-    ) -> list[Delta]:
-        """Record what a batch computed; `choices` are row by row for `sequences`."""
-        rows: dict[int, list[Sampled | None]] = {}
-        for sequence, choice in zip(sequences, choices, strict=True):
-            rows.setdefault(sequence.arrival, []).append(choice)
-        deltas = []
-        for chunk in chunks:
-            its_rows = rows.get(chunk.sequence.arrival, [])
-            kept = keep_right(chunk.drafted, its_rows)
-            if chunk.drafted and None in its_rows:
-                self._compute_anew(chunk.sequence)
-                continue
-            right = chunk.with_drafts(chunk.drafted[: max(len(kept) - 1, 0)])
-            if self._speculator is not None and chunk.drafted:
-                self._speculator.observe(
-                    chunk.sequence, len(chunk.drafted), accepted=len(right.drafted)
-                )
-            self._scheduler.advance([right])
-            if kept:
-                deltas.append(self._extend(chunk.sequence, kept))
-            elif chunk.samples:
-                deltas.append(self._fail(chunk.sequence, "the model's logits are not finite"))
-        return deltas
-
-    def _extend(self, sequence: Sequence, choices: list[Sampled]) -> Delta:
+    def _take_over(self, outcome: Outcome) -> Delta:
+        sequence = outcome.sequence
+        if outcome.error:
+            self._executor.clear(sequence)
+            self._finish(sequence)
+            return self._output.close(sequence, "error", outcome.error)
         if sequence.sampling.max_tokens:
-            delta = self._output.extend(sequence, choices)
+            delta = self._output.extend(sequence, outcome.choices)
             self._generation_tokens += len(delta.token_ids)
         else:
             delta = self._output.answer_prompt(sequence)
@@ -458,26 +402,6 @@ class Engine:
         if delta.finish_reason is not None:
             self._finish(sequence)
         return delta
-
-    def _compute_anew(self, sequence: Sequence) -> None:
-        """Begin again without drafts, one of which may be why the logits are not finite.
-
-        Even masked its keys and values would spoil the rows before it, and later ones.
-        """
-        sequence.drafting.allowed = False
-        self._clear(sequence)
-        self._scheduler.preempt(sequence)
-
-    def _clear(self, sequence: Sequence) -> None:
-        """Take what a sequence has computed out of the caches."""
-        blocks = self._scheduler.poison(sequence)
-        for runner in self._runners:
-            runner.clear(blocks)
-
-    def _fail(self, sequence: Sequence, error: str) -> Delta:
-        self._clear(sequence)
-        self._finish(sequence)
-        return self._output.close(sequence, "error", error)
 
     def _release_compiled(self) -> None:
         """Schedule the requests whose grammars are compiled; with nothing else to do, wait."""
@@ -510,11 +434,6 @@ class Engine:
         self._weights.release(s for sequences in self._requests.values() for s in sequences)
 
     def _host(self) -> Host:
-        """Describe what new weights or adapters must fit."""
         assert isinstance(self.vocabulary, Tokenizer), "weights come with a tokenizer"
-        blocks, promised = self._scheduler.blocks, 0
-        if self.config.device == "cpu":  # where memory is taken as it is first written
-            assert self.config.kv_cache_bytes != "auto"
-            promised = self.config.kv_cache_bytes * blocks.num_untouched // blocks.num_blocks
-        available = max(0, free_memory(self.config) - promised)
-        return Host(self.config, self._model_config, self.vocabulary, available)
+        blocks = self._scheduler.blocks
+        return Host.of(self.config, self._model_config, self.vocabulary, blocks)

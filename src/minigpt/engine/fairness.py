@@ -18,7 +18,9 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
+from minigpt.engine.config import EngineConfig
 from minigpt.engine.sequence import Sequence, SequenceStatus
 
 
@@ -55,6 +57,15 @@ class FairQueue:
         self._last: _Tenant | None = None
         """Who stopped waiting last."""
         self._length = 0
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Self:
+        """Make an engine's queue."""
+        return cls(
+            config.tenant_weights,
+            input_weight=config.input_token_weight,
+            output_weight=config.output_token_weight,
+        )
 
     def __len__(self) -> int:
         return self._length

@@ -20,6 +20,7 @@ from minigpt.engine.parallel_group import device_of, shard_of
 from minigpt.engine.preflight import plan_memory, read_model_config
 from minigpt.engine.resolve import Report, resolve_memory, resolve_numerics
 from minigpt.model.decoder import Decoder
+from minigpt.model.draft_heads import DraftHeads, load_draft_heads
 from minigpt.model.sharding import check_ranks
 from minigpt.model.weights import check_vocab, load_model
 
@@ -31,6 +32,8 @@ class Loaded:
     model: Decoder
     draft: Decoder | None
     """The model that drafts, if one does."""
+    heads: DraftHeads | None
+    """The heads that draft, if any do."""
     tokenizer: Tokenizer
     config: EngineConfig
     """With every "auto" settled."""
@@ -49,8 +52,8 @@ def load(path: str | Path, config: EngineConfig, report: Report) -> Loaded:
         report: Receives each derived number with its derivation.
 
     Raises:
-        ModelError: No usable weights there, they do not fit in memory, or the tokenizer does not
-            fit the model.
+        ModelError: No usable weights there, they do not fit in memory, the tokenizer does not
+            fit the model, or the draft heads are for other weights.
         ConfigError: The KV cache can't hold one context, no such device is there, the model can't
             be cut among `tensor_parallel_size` processes, or answers that do not depend on their
             batch are asked for where only the kernels give them.
@@ -98,6 +101,12 @@ def _load(path: str | Path, config: EngineConfig, report: Report, ranks: Ranks |
         draft = load_model(drafting, dtype=config.dtype, device=device).model
     if ranks is not None:
         ranks.wait_loaded()  # then what is free is free for all of them
+    dtype: torch.dtype = getattr(torch, str(config.dtype))
+    heads = None
+    if (path_of_heads := config.speculative.draft_heads) is not None:
+        heads = load_draft_heads(path_of_heads, loaded.id, dtype=dtype, device=str(device))
+        if (count := config.speculative.draft_vocabulary) is not None:
+            heads.use_output(loaded.model.output_weight[:count])
     config = resolve_memory(
         config,
         loaded.config,
@@ -105,7 +114,6 @@ def _load(path: str | Path, config: EngineConfig, report: Report, ranks: Ranks |
         report=report,
         draft=None if draft is None else draft.config,
     )
-    dtype: torch.dtype = getattr(torch, str(config.dtype))
     if ranks is None:
         reason = not_covered(loaded.model, dtype, config.block_size, adapters=config.adapters)
     else:
@@ -117,4 +125,4 @@ def _load(path: str | Path, config: EngineConfig, report: Report, ranks: Ranks |
             remedy="serve without batch_invariant, or as the kernels can: see docs/kernels.md",
         )
     report("runner = kernels" if reason is None else f"runner = torch: {reason}")
-    return Loaded(loaded.model, draft, tokenizer, config, loaded.id, ranks)
+    return Loaded(loaded.model, draft, heads, tokenizer, config, loaded.id, ranks)

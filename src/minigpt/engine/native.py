@@ -13,7 +13,7 @@ from minigpt.engine.batch import Chunk
 from minigpt.engine.packing import pack_weights
 from minigpt.engine.prompt_scores import read_prompt
 from minigpt.engine.resolve import check_activation_bits, check_kv_cache_dtype
-from minigpt.engine.runner import ModelRunner
+from minigpt.engine.runner import ModelRunner, Watch
 from minigpt.engine.sequence import Sequence
 from minigpt.kernels import library
 from minigpt.kernels.cache_format import CacheFormat
@@ -68,6 +68,21 @@ class Runner(Protocol):
         ...
 
 
+class StatefulRunner(Runner, Protocol):
+    """A runner whose hidden states others can use."""
+
+    watch: Watch | None
+    """Who sees the states that were sampled from; not passed on by `with_model`."""
+
+    def embed(self, tokens: list[int]) -> Tensor:
+        """See `ModelRunner.embed`."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `ModelRunner.logits`."""
+        ...
+
+
 def make_runner(
     model: Decoder,
     *,
@@ -78,7 +93,7 @@ def make_runner(
     cache_format: CacheFormat | None = None,
     activation_bits: Literal[8, 16] = 16,
     guesses: bool = False,
-) -> Runner:
+) -> StatefulRunner:
     """Return the kernels' runner where they cover the model, else torch's.
 
     Args:
@@ -195,10 +210,12 @@ class NativeRunner:
         self._activation_bits = activation_bits
         self.activation_bits = activation_bits if _has_integers(model) else None
         self._guesses = guesses
+        self.watch: Watch | None = None
         if caches is None:
             caches = [layout.allocate(num_blocks) for _ in range(config.num_layers)]
         self._caches = caches
-        self._step = Step(_plan(model, layout, self._caches, dtype, activation_bits), kernels)
+        self._plan = _plan(model, layout, self._caches, dtype, activation_bits)
+        self._step = Step(self._plan, kernels)
 
     def with_model(self, loaded: LoadedModel) -> NativeRunner:
         """See `Runner.with_model`; takes the model's weights as the first one's."""
@@ -243,11 +260,24 @@ class NativeRunner:
             tables += sequence.block_table[: -(-chunk.stop // self._block_size)]
             last_rows += range(len(tokens) - chunk.num_logits, len(tokens))
             sampled += [sequence] * chunk.num_logits
+        if self.watch is not None:
+            hidden_rows += last_rows
         logits, hidden = self._step.run(tokens, described, tables, last_rows, hidden_rows)
         for chunk in read:
             read_prompt(hidden[: chunk.length], chunk, self._step.project)
             hidden = hidden[chunk.length :]
+        if self.watch is not None and sampled:
+            self.watch(chunks, hidden)
         return logits, sampled
+
+    def embed(self, tokens: list[int]) -> Tensor:
+        """See `ModelRunner.embed`."""
+        table, scales = self._plan.embedding[tokens], self._plan.embedding_scales
+        return table if scales is None else (table * scales[tokens, None]).to(self._dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `ModelRunner.logits`."""
+        return self._step.project(hidden)
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """See `ModelRunner.copy_blocks`."""

@@ -44,7 +44,14 @@ def pack_weights(model: Decoder) -> None:
     embedding = model.model.embed_tokens
     if model.lm_head is None and isinstance(embedding, nn.Embedding) and _packs(embedding.weight):
         model.lm_head = PackedLinear(embedding.weight, None)  # type: ignore[assignment]
-    for parent in list(model.modules()):
+    pack_linears(model)
+
+
+def pack_linears(module: nn.Module) -> None:
+    """Replace the linear layers of any module, in place, where their weights can be packed."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return
+    for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and _packs(child.weight):
                 setattr(parent, name, PackedLinear(child.weight, child.bias))

@@ -92,6 +92,11 @@ def plan_memory(path: Path, config: EngineConfig, *, available: int, report: Rep
         draft_path = Path(config.speculative.draft_model)
         draft = read_model_config(draft_path)
         weights += weight_bytes(read_headers(weight_files(draft_path)), config, draft)
+    if config.speculative.draft_heads is not None:
+        heads = read_headers(weight_files(Path(config.speculative.draft_heads)))
+        elements = sum(header.count for header in heads)
+        elements += (config.speculative.draft_vocabulary or 0) * model.hidden_size
+        weights += elements * DTYPE_BYTES[config.dtype]
     if weights > available:
         each = "" if config.tensor_parallel_size == 1 else ", on each rank"
         raise ModelError(

@@ -29,6 +29,11 @@ class Head:
     vocab_size: int
 
 
+Watch = Callable[[list[Chunk], Tensor], None]
+"""Receives a run's chunks in order and, after the final norm, the (S, C) states of the rows that
+are sampled from."""
+
+
 class ModelRunner:
     """Runs one set of weights over a KV cache.
 
@@ -52,6 +57,7 @@ class ModelRunner:
         self._cache = cache
         self.adapters = AdapterSet(model, cache.dtype)
         """Of this model."""
+        self.watch: Watch | None = None
 
     @classmethod
     def with_cache(
@@ -112,6 +118,8 @@ class ModelRunner:
             sampled += [chunk.sequence] * chunk.num_logits
         if not sampled:
             return hidden.new_empty(0, self._head.vocab_size, dtype=torch.float32), []
+        if self.watch is not None:
+            self.watch(ordered, hidden.index_select(0, self._tensor(last_rows)))
         return self.project(hidden, last_rows).float(), sampled
 
     @torch.inference_mode()
@@ -135,6 +143,16 @@ class ModelRunner:
     def project(self, hidden: Tensor, rows: list[int]) -> Tensor:
         """Return the logits of some rows of (N, C)."""
         return self._head.project(hidden.index_select(0, self._tensor(rows)))
+
+    @torch.inference_mode()
+    def embed(self, tokens: list[int]) -> Tensor:
+        """Return the (R, C) embeddings of R tokens."""
+        return self._model.model.embed_tokens(self._tensor(tokens))  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map (R, C) states after the final norm to (R, V) float32 logits."""
+        return self._head.project(hidden).float()
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy blocks of the cache, (source, destination), one after another."""

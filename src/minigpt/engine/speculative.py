@@ -13,6 +13,7 @@ has ended, single tokens are drafted now and then, to notice when that changes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
@@ -59,11 +60,19 @@ class Speculator:
     Args:
         config: Whose method is not "none".
         model: Predicts steps; whoever measures them tells it.
+        can_draft: Whether that which drafts can do so for a sequence now; None where it is
+            looked up what followed before.
     """
 
-    def __init__(self, config: SpeculativeConfig, model: StepCostModel) -> None:
+    def __init__(
+        self,
+        config: SpeculativeConfig,
+        model: StepCostModel,
+        can_draft: Callable[[Sequence], bool] | None = None,
+    ) -> None:
         self._config = config
         self._model = model
+        self._can_draft = can_draft
         self._shared = Acceptance(_SHARED_MEMORY)
         self._credit = 0.0
         """Seconds that probing may take."""
@@ -84,7 +93,7 @@ class Speculator:
 
         Returns:
             The drafted tokens by place in `sequences`; none that could exceed `max_tokens`. If
-            a model drafts, only their number counts: see `draft_model`.
+            a model or heads draft, only their number counts: see `execution.Drafter`.
         """
         if budget <= 0 or not self._model.has_data:
             return {}
@@ -115,8 +124,8 @@ class Speculator:
         drafting = sequence.drafting
         if count <= 0 or not drafting.allowed or sequence.shaping is not None:
             return ()
-        if self._config.method == "draft":
-            return (0,) * count  # the model says which, once it is known how many
+        if self._can_draft is not None:  # it says which, once it is known how many
+            return (0,) * count if self._can_draft(sequence) else ()
         if drafting.ngrams is None:
             drafting.ngrams = NgramIndex(self._config.min_ngram, self._config.max_ngram)
         return drafting.ngrams.propose(sequence.token_ids, count)

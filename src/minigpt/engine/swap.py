@@ -11,15 +11,19 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from minigpt.api.requests import Ready
 from minigpt.core.artifact import is_artifact, open_artifact
 from minigpt.core.errors import ModelError, RequestError
 from minigpt.core.manifest import hash_file
 from minigpt.core.storage import is_remote
+from minigpt.core.telemetry import get_logger
 from minigpt.data.tokenizer import Tokenizer
 from minigpt.engine.adapters import check_adapter
+from minigpt.engine.blocks import BlockManager
 from minigpt.engine.config import EngineConfig
+from minigpt.engine.host import free_memory
 from minigpt.engine.native import Runner
 from minigpt.engine.parallel_group import shard_of
 from minigpt.engine.preflight import rank_weight_bytes, read_model_config
@@ -44,6 +48,17 @@ class Host:
     tokenizer: Tokenizer
     available: int
     """Bytes of its device that are free and that nothing is promised."""
+
+    @classmethod
+    def of(
+        cls, config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer, blocks: BlockManager
+    ) -> Self:
+        """Describe an engine as it is now; `blocks` are those of its KV cache."""
+        promised = 0
+        if config.device == "cpu":  # where memory is taken as it is first written
+            assert config.kv_cache_bytes != "auto"
+            promised = config.kv_cache_bytes * blocks.num_untouched // blocks.num_blocks
+        return cls(config, model, tokenizer, max(0, free_memory(config) - promised))
 
 
 class Exchange:
@@ -116,7 +131,11 @@ class Exchange:
         if (error := swap.loaded.exception()) is not None:
             swap.done.set_exception(error)
             return False
-        self._weights.install(*swap.loaded.result())
+        digest, runner = swap.loaded.result()
+        heads = self._host().config.speculative.draft_heads
+        if heads is not None and digest != self._weights.current:
+            get_logger("engine").warning("the draft heads are of the old weights: drafting ends")
+        self._weights.install(digest, runner)
         swap.done.set_result(self._ready())
         return True
 

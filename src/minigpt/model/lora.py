@@ -156,11 +156,12 @@ def adapter_config(model: nn.Module) -> LoraConfig | None:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return what training changes: the adapters where there are some, else everything."""
+    """Return what training changes: everything, or where parameters are frozen the others."""
     state = model.state_dict()
-    if not has_adapters(model):
+    learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    if all(learns.values()):
         return state
-    return {name: tensor for name, tensor in state.items() if _is_adapter(name)}
+    return {name: tensor for name, tensor in state.items() if learns.get(name)}
 
 
 def load_trained_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

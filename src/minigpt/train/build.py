@@ -21,6 +21,7 @@ from minigpt.data.tokenizer import Tokenizer
 from minigpt.data.training_data import Documents, TrainingData, open_training_data
 from minigpt.model.config import ModelConfig
 from minigpt.model.decoder import Decoder
+from minigpt.model.draft_heads import add_draft_heads
 from minigpt.model.lora import add_adapters
 from minigpt.model.weights import LoadedModel, check_vocab, load_model
 from minigpt.train.allocator import keep_freed_memory
@@ -253,6 +254,9 @@ def build(
         model.init_weights(torch.Generator().manual_seed(config.seed))
     if config.lora.rank:
         add_adapters(model, config.lora, torch.Generator().manual_seed(config.seed))
+    elif config.objective.kind == "draft-heads":
+        generator = torch.Generator().manual_seed(config.seed)
+        add_draft_heads(model, model_config, generator)
     model.to(config.device)
     objective = make_objective(config, model_config, sources.initial, sources.teacher)
     dtype = product_dtype(config.precision)
@@ -266,8 +270,8 @@ def build(
         clip_norm=config.optimizer.clip_norm,
         compile=config.compile,
         memory=config.memory,
-        # Beside adapters all else is frozen, and not saved.
-        router_bias_rate=0.0 if config.lora.rank else config.optimizer.router_bias_rate,
+        # Beside adapters or heads all else is frozen, and not saved.
+        router_bias_rate=config.optimizer.router_bias_rate if config.trains_all else 0.0,
     )
     validator = Validator(
         sources.validation,

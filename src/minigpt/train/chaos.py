@@ -19,9 +19,10 @@ from minigpt.core.telemetry import get_logger
 from minigpt.train.chaos_cases import CASES, Case, ChaosRun
 from minigpt.train.config import TrainConfig
 from minigpt.train.faults import VARIABLE, parse_faults
+from minigpt.train.finish import MODEL_DIRECTORY
 from minigpt.train.goodput import read_goodput
 from minigpt.train.metrics import read_metrics
-from minigpt.train.run import CHECKPOINT_DIRECTORY, MODEL_DIRECTORY, read_final, stored_config
+from minigpt.train.run import CHECKPOINT_DIRECTORY, read_final, stored_config
 from minigpt.train.sessions import EVENTS_FILE
 
 CERTIFICATE_FILE = "certificate.json"

@@ -375,6 +375,11 @@ class TrainConfig(Config):
     recovery: RecoveryConfig = RecoveryConfig()
     """Detection of failures and recovery from them."""
 
+    @property
+    def trains_all(self) -> bool:
+        """Whether the model's weights learn, not adapters or heads beside them."""
+        return not self.lora.rank and self.objective.kind != "draft-heads"
+
     @field_validator("data", mode="before")
     @classmethod
     def _choose_mixture(cls, value: Any) -> Any:

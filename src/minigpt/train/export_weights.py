@@ -13,6 +13,7 @@ from minigpt.core.manifest import Parent
 from minigpt.core.storage import storage_errors
 from minigpt.model import lora
 from minigpt.model.config import LoraConfig, ModelConfig
+from minigpt.model.draft_heads import NAME as HEADS
 from minigpt.model.hf import config_from_hf
 from minigpt.model.hf_write import config_to_hf
 from minigpt.model.weights import CONFIG, LoadedModel, load_model, save_model, tokenizer_files
@@ -67,6 +68,11 @@ def export_weights(
             remedy="export a checkpoint that `minigpt train` wrote",
         ) from None
     weights = load_tensors(source, None, World(), ["model"])["model"]
+    if all(name.startswith(f"{HEADS}.") for name in weights):
+        raise ArtifactError(
+            f"{source.uri} holds draft heads alone, which are no model",
+            remedy="finish the run: its draft_heads directory is what a server takes",
+        )
     parents: list[Artifact | Parent] = [source]
     if (files / lora.CONFIG).is_file():
         adapters, recorded = lora.load_adapter_config(files)

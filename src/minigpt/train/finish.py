@@ -15,6 +15,7 @@ from minigpt.core.artifact import Artifact, create_artifact, is_artifact, open_a
 from minigpt.core.manifest import Parent
 from minigpt.core.storage import write_atomic
 from minigpt.model.decoder import Decoder
+from minigpt.model.draft_heads import DraftHeadsConfig, draft_heads_of, save_draft_heads
 from minigpt.model.lora import has_adapters, merged_state, save_adapter
 from minigpt.model.weights import save_model
 from minigpt.train.checkpoint import TrainState
@@ -22,6 +23,19 @@ from minigpt.train.config import TrainConfig
 from minigpt.train.metrics import read_metrics
 
 ADAPTER_DIRECTORY = "adapter"
+MODEL_DIRECTORY = "model"
+HEADS_DIRECTORY = "draft_heads"
+
+
+def open_result(run_dir: Path, config: TrainConfig) -> Artifact:
+    """Open what a finished run has made: a model, or draft heads for the one it began with.
+
+    Raises:
+        ArtifactError: Missing or corrupt.
+    """
+    if config.objective.kind == "draft-heads":
+        return open_artifact(run_dir / HEADS_DIRECTORY, kind="draft-heads")
+    return open_artifact(run_dir / MODEL_DIRECTORY, kind="model")
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:
@@ -34,27 +48,65 @@ def weights_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_final_model(
-    destination: Path,
+def save_result(
+    run_dir: Path,
     model: Decoder,
     config: TrainConfig,
     *,
+    base: str | None,
     tokenizer_dir: Path,
     metrics: Mapping[str, Any],
     parents: Sequence[Artifact | Parent],
 ) -> Artifact:
-    """Write the model artifact, or open the one that a killed end of the run already wrote.
+    """Write what the run has made, or open what a killed end of the run already wrote.
 
-    Adapters are written beside it as an artifact of their own; the model has them merged, so that
-    what is evaluated and served is a plain model.
+    Adapters are written beside the model as an artifact of their own; the model has them merged,
+    so that what is evaluated and served is a plain model. Draft heads are written alone: the
+    model is the one that the run began with.
+
+    Args:
+        run_dir: The run's directory.
+        model: Whole, on this rank.
+        config: The run's.
+        base: Id of the weights that it began with.
+        tokenizer_dir: With the tokenizer's files.
+        metrics: For the manifest.
+        parents: What it was made from.
     """
+    if config.objective.kind == "draft-heads":
+        assert base is not None
+        return _save_heads(run_dir / HEADS_DIRECTORY, model, config, base, metrics, parents)
+    destination = run_dir / MODEL_DIRECTORY
     if is_artifact(destination):
         return open_artifact(destination, kind="model")
     if has_adapters(model):
-        adapter = _save_adapter(destination.with_name(ADAPTER_DIRECTORY), model, config, parents)
+        adapter = _save_adapter(run_dir / ADAPTER_DIRECTORY, model, config, parents)
         parents = [*parents, adapter]
     with create_artifact(destination, kind="model", parents=parents, config=config) as draft:
         save_model(draft.path, merged_state(model), model.config, tokenizer_dir)
+        draft.metrics = dict(metrics)
+    assert draft.artifact is not None
+    return draft.artifact
+
+
+def _save_heads(
+    destination: Path,
+    model: Decoder,
+    config: TrainConfig,
+    base: str,
+    metrics: Mapping[str, Any],
+    parents: Sequence[Artifact | Parent],
+) -> Artifact:
+    if is_artifact(destination):
+        return open_artifact(destination, kind="draft-heads")
+    described = DraftHeadsConfig(
+        base=base,
+        depth=config.objective.depth,
+        hidden_size=model.config.hidden_size,
+        norm_eps=model.config.norm_eps,
+    )
+    with create_artifact(destination, kind="draft-heads", parents=parents, config=config) as draft:
+        save_draft_heads(draft.path, draft_heads_of(model), described)
         draft.metrics = dict(metrics)
     assert draft.artifact is not None
     return draft.artifact

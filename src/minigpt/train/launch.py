@@ -6,11 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-from minigpt.core.artifact import Artifact, open_artifact
+from minigpt.core.artifact import Artifact
 from minigpt.core.config import to_yaml
 from minigpt.core.storage import write_atomic
 from minigpt.train.config import TrainConfig
-from minigpt.train.run import MODEL_DIRECTORY, check_same, hold_run, stored_config
+from minigpt.train.finish import open_result
+from minigpt.train.run import check_same, hold_run, stored_config
 from minigpt.train.supervise import Supervisor
 from minigpt.train.worker import WorkerSpec
 from minigpt.train.world import is_rank
@@ -60,4 +61,4 @@ def supervise(
         Supervisor(
             command, config.mesh.size, config.recovery, run_dir, began=began, inherited=[lock]
         ).run()
-        return open_artifact(run_dir / MODEL_DIRECTORY, kind="model")
+        return open_result(run_dir, config)

@@ -25,9 +25,11 @@ from minigpt.train.workload import (
 )
 
 _WIDE = 4  # bytes of float32
-_LOGITS = {"pretrain": 3, "sft": 3, "dpo": 2, "distill": 8}
+_LOGITS = {"pretrain": 3, "sft": 3, "dpo": 2, "distill": 8, "draft-heads": 8}
 """Tensors of a chunk's logits that exist at once."""
 _JSD_LOGITS = 10
+_HEAD_STATES = 14
+"""Tensors as wide as the model that draft heads keep of a token, a depth."""
 
 
 @dataclass(frozen=True)
@@ -199,8 +201,8 @@ def estimate_rank(work: Workload) -> MemoryEstimate:
     adapters = adapter_parameters(model, work.lora, work.ep)
     root = root_parameters(model, work.tp, is_first=work.is_first, is_last=work.is_last)
     layer = matrices + vectors
-    held = -(-(work.layers * (layer + adapters) + root) // work.shards)
-    learning = held if work.trains_all else -(-work.layers * adapters // work.shards)
+    held = -(-(work.layers * (layer + adapters) + root) // work.shards) + work.heads
+    learning = held if work.trains_all else -(-work.layers * adapters // work.shards) + work.heads
     held_matrices = -(-work.layers * matrices // work.shards)
     parameters, gradients = held * _WIDE, learning * _WIDE
     moments = 2 * work.state_bytes
@@ -288,6 +290,8 @@ def _loss_bytes(work: Workload) -> tuple[int, int]:
     logits = _JSD_LOGITS if work.objective.divergence == "jsd" else _LOGITS[kind]
     element = logits * _WIDE + (2 if work.narrow else 0)
     product = head * size if work.narrow else 0  # the weight, narrowed
+    if kind == "draft-heads":
+        saved += work.objective.depth * n * model.hidden_size * _HEAD_STATES * _WIDE
     if kind == "distill":
         assert work.frozen is not None
         saved += n * work.frozen.hidden_size * _WIDE  # the teacher's states

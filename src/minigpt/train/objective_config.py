@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 class ObjectiveConfig(Config):
     """What the run minimises."""
 
-    kind: Literal["pretrain", "sft", "dpo", "distill"] = "pretrain"
+    kind: Literal["pretrain", "sft", "dpo", "distill", "draft-heads"] = "pretrain"
     """pretrain: every next token, of texts. sft: the assistant's tokens alone, of conversations.
     dpo: the chosen answer over the rejected, of preferences. distill: a teacher's distribution,
-    over texts or conversations."""
+    over texts or conversations. draft-heads: what the model itself will say further ahead, by
+    heads for speculative decoding; the model is frozen."""
     beta: float = Field(default=0.1, gt=0)
     """dpo: how strongly the policy is held to the weights it starts from."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
@@ -32,11 +33,15 @@ class ObjectiveConfig(Config):
     distill_weight: float = Field(default=0.5, gt=0, le=1)
     """distill: the divergence's weight; the rest is the text's own cross-entropy."""
 
+    depth: int = Field(default=3, ge=1, le=16)
+    """draft-heads: how many tokens ahead they learn to guess."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         users = {
             "dpo": ("beta", "label_smoothing"),
             "distill": ("teacher", "divergence", "temperature", "distill_weight"),
+            "draft-heads": ("depth",),
         }
         for kind, names in users.items():
             for name in names:
@@ -59,7 +64,7 @@ def check_tuning(config: TrainConfig) -> None:
     kind, lora = config.objective.kind, config.lora
     if config.initialize_from is None:
         for needs, name in (
-            (kind == "dpo", "objective.kind = dpo"),
+            (kind in ("dpo", "draft-heads"), f"objective.kind = {kind}"),
             (lora.rank > 0, f"lora.rank = {lora.rank}"),
         ):
             if needs:
@@ -69,6 +74,14 @@ def check_tuning(config: TrainConfig) -> None:
             f"objective.kind = {kind} with mesh.pp = {config.mesh.pp}: its second model would have "
             "to pass through the pipeline as well; use another axis of the mesh"
         )
+    if kind == "draft-heads":
+        for wrong, name in (
+            (lora.rank > 0, f"lora.rank = {lora.rank}"),
+            (config.mesh.size > 1, f"a mesh of {config.mesh.size} processes"),
+            (config.precision == "float8", "precision = float8"),
+        ):
+            if wrong:
+                raise ValueError(f"objective.kind = draft-heads with {name}: leave it out")
     if not lora.rank:
         return
     if lora.dropout and config.mesh.tp > 1:

@@ -12,6 +12,7 @@ from minigpt.model.decoder import Decoder
 from minigpt.model.weights import LoadedModel
 from minigpt.train.config import TrainConfig
 from minigpt.train.distillation import DistillationObjective
+from minigpt.train.draft_heads import DraftHeadsObjective
 from minigpt.train.objective import NextToken, Objective
 from minigpt.train.passes import keep_experts_uncompiled
 from minigpt.train.preference import AdaptersOff, FrozenCopy, PreferenceObjective
@@ -21,6 +22,7 @@ _CONTENTS: dict[str, tuple[Content, ...]] = {
     "sft": ("chat",),
     "dpo": ("preference",),
     "distill": ("text", "chat"),
+    "draft-heads": ("text", "chat"),
 }
 
 
@@ -94,6 +96,8 @@ def make_objective(
             temperature=chosen.temperature,
             weight=chosen.distill_weight,
         )
+    if chosen.kind == "draft-heads":
+        return DraftHeadsObjective(chosen.depth)
     return NextToken()
 
 

@@ -41,12 +41,12 @@ _CHUNK_LOGITS = 1 << 24
 _REFERENCE_TOKENS, _REFERENCE_BATCH, _BATCH_EXPONENT = 1.1e9, 1 << 19, 0.383
 _LEAST_STEPS = 1000
 _REFERENCE_WIDTH, _REFERENCE_STEP_TOKENS = 384, 8192
-_TUNING_RATES = {"pretrain": 1.0, "distill": 1.0, "sft": 0.1, "dpo": 0.01}
+_TUNING_RATES = {"pretrain": 1.0, "distill": 1.0, "sft": 0.1, "dpo": 0.01, "draft-heads": 1.0}
 """Of pre-training's rates, where given weights are tuned."""
 _ADAPTER_RATES = 10.0
 """Adapters take about ten times the rate of all weights
 (https://thinkingmachines.ai/blog/lora)."""
-_EPOCHS = {"sft": 3, "dpo": 1, "distill": 3}
+_EPOCHS = {"sft": 3, "dpo": 1, "distill": 3, "draft-heads": 3}
 """Over examples, which are few; texts follow the parameters."""
 
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minigpt.core.artifact import Artifact, open_artifact
+from minigpt.core.artifact import Artifact
 from minigpt.core.clock import Clock, SystemClock
 from minigpt.core.config import load_config, resolved_values, to_yaml
 from minigpt.core.errors import ConfigError, TrainingError
@@ -44,7 +44,7 @@ from minigpt.train.context import Member, Outputs, Speedometer
 from minigpt.train.display import SilentDisplay, make_display, show_table
 from minigpt.train.export_weights import model_files
 from minigpt.train.faults import faults_from_environment
-from minigpt.train.finish import save_final_model, write_final
+from minigpt.train.finish import open_result, save_result, write_final
 from minigpt.train.interrupt import TrainingInterruptedError
 from minigpt.train.loop import TrainLoop
 from minigpt.train.machine import choose_device, measured_peak
@@ -68,7 +68,6 @@ from minigpt.train.world import World, collective_timeout, is_supervised
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 FINAL_FILE = "final.json"
-MODEL_DIRECTORY = "model"
 CHECKPOINT_DIRECTORY = "checkpoints"
 CHANGEABLE = ("mesh", "recovery")
 """Sections that a resumed run may have otherwise than it began."""
@@ -135,7 +134,7 @@ def find_finished(config: TrainConfig, run_dir: Path) -> Artifact | None:
     check_same(config, stored, run_dir)
     if not (run_dir / FINAL_FILE).exists():
         return None
-    return open_artifact(run_dir / MODEL_DIRECTORY, kind="model")
+    return open_result(run_dir, stored)
 
 
 def read_final(run_dir: Path) -> dict[str, Any]:
@@ -362,10 +361,11 @@ def _finish(
     outputs.metrics.flush()
     outputs.events.flush()
     skipped = loader.skip_list.num_samples
-    artifact = save_final_model(
-        run_dir / MODEL_DIRECTORY,
+    artifact = save_result(
+        run_dir,
         model,
         config,
+        base=None if sources.initial is None else sources.initial.id,
         tokenizer_dir=sources.train.tokenizer_dir,
         metrics={"loss": state.loss, "skipped_samples": skipped, **state.validation},
         parents=[*sources.parents, checkpoint],

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from minigpt.core.errors import ConfigError
 from minigpt.model.config import LoraConfig, ModelConfig
+from minigpt.model.draft_heads import count_parameters
 from minigpt.train.config import MemoryConfig, TrainConfig
 from minigpt.train.objective_config import ObjectiveConfig
 from minigpt.train.pipeline_parallel import balance_layers, count_pieces
@@ -62,6 +63,10 @@ class Workload:
     keeps_buckets: bool
     """Whether torch's DDP holds the memory of gradients from step to step."""
     memory: MemoryConfig
+    trains_all: bool
+    """Whether the weights learn, not adapters or heads beside them."""
+    heads: int
+    """Elements of draft heads."""
     lora: LoraConfig
     objective: ObjectiveConfig
     frozen: ModelConfig | None
@@ -71,11 +76,6 @@ class Workload:
     def tokens(self) -> int:
         """Of a micro-batch on this rank."""
         return self.rows * self.length
-
-    @property
-    def trains_all(self) -> bool:
-        """Whether the weights learn, not adapters beside them."""
-        return not self.lora.rank
 
     def learns(self, *projections: str) -> int:
         """Count which of a layer's projections learn."""
@@ -132,7 +132,7 @@ def describe_workload(
         zero3=mesh.reshard == "zero3",
         accumulates=pieces > 1 and not is_tree,
         narrow=config.precision != "float32",
-        muon=config.optimizer.kind == "muon" and not config.lora.rank,
+        muon=config.optimizer.kind == "muon" and config.trains_all,
         state_bytes=config.optimizer.state_bits / 8,
         chunk_tokens=batch.loss_chunk_tokens,
         tree_lists=share.bit_length() - 1 if is_tree else 0,
@@ -141,6 +141,8 @@ def describe_workload(
         fused_norm=not on_cpu,
         keeps_buckets=mesh.size == mesh.dp > 1 and not is_tree,
         memory=config.memory,
+        trains_all=config.trains_all,
+        heads=count_parameters(model) if config.objective.kind == "draft-heads" else 0,
         lora=config.lora,
         objective=config.objective,
         frozen=frozen,
