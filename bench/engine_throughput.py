@@ -56,7 +56,7 @@ def main() -> None:
     arguments = parse_arguments()
     described = environment()
     print_environment(described)
-    engine = make_engine(arguments)
+    engine = make_engine(arguments, kv_cache_dtype=arguments.kv_cache_dtype)
     print(f"engine   {engine.config!r}")
     rows = [
         measure(engine, concurrency, prompt, arguments)
@@ -89,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=1, help="requests of each client")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--threads", default="auto")
     parser.add_argument("--budget", default="auto", help="max_batched_tokens")
     return parser.parse_args()

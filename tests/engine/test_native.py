@@ -346,3 +346,21 @@ def test_without_the_library_torch_serves(monkeypatch: pytest.MonkeyPatch) -> No
     absence = library.Absence("no library", remedy="build it")
     monkeypatch.setattr(library, "find", lambda: absence)
     assert not_covered(make_model(BASE), torch.bfloat16, BLOCK_SIZE) == "no library"
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_hidden_states_are_the_same_where_logits_are_wanted_too(
+    family: str, num_threads: int
+) -> None:
+    """All rows at once: no room is taken twice for a row that is wanted for both."""
+    ours, _ = make_runners(make_model(FAMILIES[family]), torch.bfloat16)
+    (prompt,) = make_prompts([64])
+    torch.set_num_threads(num_threads)
+    rows, blocks = list(range(64)), list(range(4))
+    _, expected = ours._step.run(prompt, [(0, 64, 0, 0)], blocks, [], rows)
+    for _ in range(20):
+        logits, hidden = ours._step.run(prompt, [(0, 64, 0, 0)], blocks, [63, 5], rows)
+        assert torch.equal(hidden, expected)
+        assert torch.equal(ours._step.project(hidden[[63, 5]]), logits)

@@ -168,8 +168,9 @@ class Step:
             tokens: A token id for each row.
             chunks: As in `attention_reference.paged_attention`; they cover all rows.
             tables: Block tables, one after the other.
-            outputs: Rows whose logits are wanted.
-            hidden_rows: Rows whose hidden states are wanted, after the final norm.
+            outputs: Rows whose logits are wanted, each once.
+            hidden_rows: Rows whose hidden states are wanted, after the final norm; others or the
+                same.
 
         Returns:
             (len(outputs), V) float32 and (len(hidden_rows), C) of the plan's dtype.
@@ -178,7 +179,8 @@ class Step:
             MemoryError: There is none for the step's activations.
         """
         logits = torch.empty(len(outputs), self._vocabulary)
-        wanted = (*outputs, *hidden_rows)
+        # A row that is wanted twice is named once: the norm adds to it in place.
+        wanted = tuple(dict.fromkeys((*outputs, *hidden_rows)))
         hidden = torch.empty(len(wanted) if hidden_rows else 0, self._width, dtype=self._plan.dtype)
         arrays = [np.array(values, dtype=np.int32) for values in (tokens, chunks, tables, wanted)]
         token_ids, described, blocks, rows = (array.ctypes.data for array in arrays)
@@ -188,7 +190,8 @@ class Step:
         )  # fmt: skip
         if self._functions.mg_step(addressof(self._structure), addressof(batch)):
             raise MemoryError(f"no memory for a step of {len(tokens)} rows")
-        return logits, hidden[len(outputs) :]
+        places = {row: place for place, row in enumerate(wanted)}
+        return logits, hidden[[places[row] for row in hidden_rows]]
 
     def project(self, hidden: Tensor) -> Tensor:
         """Map (R, C) hidden states to (R, V) float32 logits."""

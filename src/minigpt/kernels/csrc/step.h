@@ -46,7 +46,8 @@ struct StepBatch {
   const AttentionChunk* chunks;
   int64_t num_chunks;
   const int32_t* tables;
-  const int32_t* outputs;  // rows that are wanted, those whose logits are wanted first
+  // Rows that are wanted, each once, those whose logits are wanted first.
+  const int32_t* outputs;
   int64_t num_outputs, num_logits;
   float* logits;  // (num_logits, vocabulary)
   void* hidden;   // (num_outputs, width) of the plan's dtype after the final norm, or null
