@@ -85,6 +85,27 @@ def test_a_change_is_noticed() -> None:
     assert reached == 8
 
 
+def test_what_drafts_cost_is_found_out_while_all_draft() -> None:
+    """Four streams that never ran without drafts: a loss is not taken for the price of a step."""
+    model = StepCostModel()
+    for _ in range(3):
+        model.observe(StepWork(decode_rows=1), 1e-3)
+    config = SpeculativeConfig(method="heads", draft_heads="x", max_draft_tokens=3)
+    speculator = Speculator(config, model, lambda sequence: True)
+    sequences = [_sequence(i) for i in range(4)]
+    drafted = []
+    for _ in range(200):
+        lengths = _lengths(speculator, sequences)
+        for sequence, length in zip(sequences, lengths, strict=True):
+            if length:
+                speculator.observe(sequence, length, min(length, 1))
+        work = StepWork(decode_rows=4, drafted_tokens=sum(lengths))
+        model.observe(work, 1e-3 + 0.5e-3 * sum(lengths))
+        drafted.append(sum(lengths))
+    assert max(drafted[:10]) > 4
+    assert sum(drafted[100:]) < 20
+
+
 def test_a_sequence_that_loses_does_not_stop_the_others() -> None:
     speculator = Speculator(SpeculativeConfig(), _model(1e-3))
     good, bad = _sequence(0), _sequence(1)
