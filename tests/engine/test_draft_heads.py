@@ -123,7 +123,7 @@ def test_part_of_the_vocabulary_suffices(
     plain, drafting = engines(model, num_blocks=300, max_batched_tokens=60)
     drafter: Any = drafting._executor._drafter
     drafter._heads.use_output(model.output_weight[:3])
-    drafted: list[Any] = []
+    drafted: list[int] = []
     fill = drafter.fill
 
     def watch(chunks: list[Any]) -> list[Any]:

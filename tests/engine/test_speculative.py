@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,6 +85,29 @@ def test_a_change_is_noticed() -> None:
         if reached:
             speculator.observe(sequence, reached, reached)
     assert reached == 8
+
+
+def test_what_drafts_cost_is_found_out_while_all_draft() -> None:
+    """Four streams that never ran without drafts: a loss is not taken for the price of a step."""
+    chance, model = random.Random(0), StepCostModel()
+    for _ in range(3):
+        model.observe(StepWork(decode_rows=1), 0.5e-3)
+    config = SpeculativeConfig(method="heads", draft_heads="x", max_draft_tokens=3)
+    speculator = Speculator(config, model, lambda sequence: True)
+    sequences = [_sequence(i) for i in range(4)]
+    drafted = []
+    for _ in range(300):
+        lengths = _lengths(speculator, sequences)
+        for sequence, length in zip(sequences, lengths, strict=True):
+            if length:
+                speculator.observe(sequence, length, min(length, chance.choice((0, 2))))
+        work = StepWork(decode_rows=4, drafted_tokens=sum(lengths), decode_context=400)
+        # A pass of the heads costs the same for any number of rows.
+        seconds = 0.7e-3 + 0.3e-3 * max(lengths) + 0.05e-3 * sum(lengths)
+        model.observe(work, seconds)
+        drafted.append(sum(lengths))
+    assert max(drafted[:10]) == 12
+    assert sum(drafted[200:]) < 20
 
 
 def test_a_sequence_that_loses_does_not_stop_the_others() -> None:

@@ -32,6 +32,10 @@ _MARGIN = 1.1
 _PROBE_SHARE = 0.005
 """Share of the time that may go into drafting where it has been found to lose."""
 
+_MOST_IN_A_ROW = 8
+"""Steps with drafts after which one has none, where all could have some: without it nothing would
+tell what a drafted token costs from what a step costs."""
+
 
 def keep_right(drafted: SequenceOf[int], choices: SequenceOf[Sampled | None]) -> list[Sampled]:
     """Return the choices that hold: each whose predecessors are what was drafted.
@@ -74,6 +78,8 @@ class Speculator:
         self._model = model
         self._can_draft = can_draft
         self._shared = Acceptance(_SHARED_MEMORY)
+        self._in_a_row = 0
+        """Latest steps that had drafts, all of them."""
         self._credit = 0.0
         """Seconds that probing may take."""
         self.num_drafted = 0
@@ -97,6 +103,9 @@ class Speculator:
         """
         if budget <= 0 or not self._model.has_data:
             return {}
+        if self._can_draft is not None and self._in_a_row >= _MOST_IN_A_ROW:
+            self._in_a_row = 0
+            return {}
         proposals = {}
         for row, sequence in enumerate(sequences):
             left = sequence.sampling.max_tokens - sequence.num_output_tokens - 1
@@ -110,6 +119,7 @@ class Speculator:
             if drafted := proposals[row][: min(length, budget)]:
                 chosen[row] = drafted
                 budget -= len(drafted)
+        self._in_a_row = self._in_a_row + 1 if chosen else 0
         return chosen
 
     def observe(self, sequence: Sequence, drafted: int, accepted: int) -> None:
