@@ -90,8 +90,8 @@ class EngineConfig(Config):
     a prompt can delay the running streams. auto is 256 on a CPU and 2048 on a GPU."""
     inter_token_target_ms: Auto | PositiveFloat = "auto"
     """Most milliseconds of a step while streams run: each step takes in as much of the waiting
-    prompts as is predicted to fit, at least 16 tokens. auto follows the measured steps: 3 times
-    what the streams alone take, at least 40."""
+    prompts as is predicted to fit, at least 16 tokens. auto follows the measured steps: twice
+    what the streams alone take, at least 30."""
     prefix_cache: bool = True
     """Keep the blocks of finished sequences for those that begin with the same tokens."""
     speculative: SpeculativeConfig = SpeculativeConfig()

@@ -11,10 +11,10 @@ from operator import mul, truediv
 
 MIN_CHUNK = 16
 """Tokens of prefill that a step computes at least, whatever the streams' target: prompts go on."""
-STREAM_FACTOR = 3.0
+STREAM_FACTOR = 2.0
 """Automatic target: with prefill a step may take this many times its decode alone, ..."""
-STREAM_SECONDS = 0.04
-"""... or as long as this, which is 25 tokens a second and faster than anyone reads."""
+STREAM_SECONDS = 0.03
+"""... or as long as this, which is 33 tokens a second and faster than anyone reads."""
 
 _MEMORY = 0.98
 """Weight of the past at each step: half of what is known is from the last 34 steps."""
