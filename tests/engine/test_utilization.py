@@ -7,7 +7,7 @@ from tests.engine.conftest import MakeModel
 
 from minigpt.engine.cost_model import StepWork
 from minigpt.engine.utilization import Limits, UtilizationMeter, WorkSize
-from minigpt.engine.warmup import weight_bytes
+from minigpt.engine.warmup import bytes_read
 from minigpt.model.config import ModelConfig
 
 # Width 32, 4 heads of 8 over 2, FFN 64, 2 layers, 100 tokens: a layer has 2 x 32 x 32 + 2 x 16 x 32
@@ -53,6 +53,6 @@ def test_recent_steps_count_most() -> None:
 def test_tables_of_which_rows_are_read_do_not_count(make_model: MakeModel) -> None:
     untied = make_model()
     tied = make_model(tie_embeddings=True)
-    assert weight_bytes(untied) == weight_bytes(tied)
+    assert bytes_read(untied) == bytes_read(tied)
     table = untied.model.embed_tokens.weight
-    assert weight_bytes(untied) == sum(p.nbytes for p in untied.parameters()) - table.nbytes
+    assert bytes_read(untied) == sum(p.nbytes for p in untied.parameters()) - table.nbytes

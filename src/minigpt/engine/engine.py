@@ -38,7 +38,7 @@ from minigpt.engine.structured import GrammarCompiler
 from minigpt.engine.swap import Exchange, Host
 from minigpt.engine.utilization import UtilizationMeter, WorkSize
 from minigpt.engine.validate import check_request
-from minigpt.engine.warmup import measure_limits, warm_up, weight_bytes
+from minigpt.engine.warmup import bytes_read, measure_limits, warm_up
 from minigpt.engine.weights import HeldWeights
 from minigpt.model.decoder import Decoder
 from minigpt.model.draft_heads import DraftHeads
@@ -99,7 +99,7 @@ class Engine:
             "block_size": config.block_size,
             "dtype": getattr(torch, config.dtype),
         }
-        self._work_size = WorkSize.of(self._model_config, weight_bytes(model), per_token)
+        self._work_size = WorkSize.of(self._model_config, bytes_read(model), per_token)
         self._meter: UtilizationMeter | None = None
         drafter: Drafter | None = None
         if ranks is not None:
@@ -197,9 +197,9 @@ class Engine:
         """Learn what steps take and what the machine can do; only before the first request."""
         run, weights = self._weights.run, self._weights.current
         warm_up(run, self._pacer.model, self.config, weights, self._clock)
-        limits = measure_limits(self.config)
-        dense = not self._model_config.num_experts
-        if limits is not None and dense and self.config.tensor_parallel_size == 1:
+        if self._model_config.num_experts or self.config.tensor_parallel_size > 1:
+            return
+        if (limits := measure_limits(self.config)) is not None:
             self._meter = UtilizationMeter(self._work_size, limits)
 
     @property
@@ -313,9 +313,10 @@ class Engine:
             deltas.append(self._take_over(outcome))
         self._steps += 1
         seconds = self._clock.monotonic() - started
-        self._pacer.model.observe(batch.work, seconds)
+        work = batch.work
+        self._pacer.model.observe(work, seconds)
         if self._meter is not None:
-            self._meter.observe(batch.work, seconds)
+            self._meter.observe(work, seconds)
         decode = batch.num_decode_tokens
         self._last_step = (seconds, batch.num_tokens - decode, decode)
         if not self._scheduler.has_work:

@@ -81,12 +81,13 @@ def plan_memory(path: Path, config: EngineConfig, *, available: int, report: Rep
     """As `preflight`, for a config with numerics settled and `available` bytes for each rank."""
     model = read_model_config(path)
     check_ranks(model, config.tensor_parallel_size)
-    weights = rank_weight_bytes(path, config, model)
-    bits = activation_bits(config)
-    quantized = not all(header.is_floating for header in read_headers(weight_files(path)))
-    check_activation_bits(bits, quantized=quantized, torch_serves=_torch_serves(config))
+    headers = read_headers(weight_files(path))
+    weights = rank_weight_bytes(path, headers, config, model)
+    bits, torch_serves = activation_bits(config), _torch_serves(config)
+    quantized = not all(header.is_floating for header in headers)
+    check_activation_bits(bits, quantized=quantized, torch_serves=torch_serves)
     cache_format = kv_cache_dtype(config)
-    check_kv_cache_dtype(cache_format, config.dtype, torch_serves=_torch_serves(config))
+    check_kv_cache_dtype(cache_format, config.dtype, torch_serves=torch_serves)
     draft = None
     if config.speculative.draft_model is not None:
         draft_path = Path(config.speculative.draft_model)
@@ -160,9 +161,11 @@ def weight_bytes(headers: list[TensorHeader], config: EngineConfig, model: Model
     return total
 
 
-def rank_weight_bytes(path: Path, config: EngineConfig, model: ModelConfig) -> int:
+def rank_weight_bytes(
+    path: Path, headers: list[TensorHeader], config: EngineConfig, model: ModelConfig
+) -> int:
     """Return the bytes of weights of the rank that holds most of them, once loaded."""
-    headers, ranks = read_headers(weight_files(path)), config.tensor_parallel_size
+    ranks = config.tensor_parallel_size
     if ranks == 1:
         return weight_bytes(headers, config, model)
     tree = _read_tree(path)

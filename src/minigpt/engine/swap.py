@@ -32,6 +32,7 @@ from minigpt.engine.weights import HeldWeights
 from minigpt.model.config import ModelConfig
 from minigpt.model.lora import CONFIG, WEIGHTS, Adapter, load_adapter
 from minigpt.model.sharding import check_ranks
+from minigpt.model.tensor_headers import read_headers, weight_files
 from minigpt.model.weights import LoadedModel, load_model
 
 _POLL_SECONDS = 0.05
@@ -102,7 +103,8 @@ class Exchange:
         """
         if self._swap is not None:
             raise ModelError("another swap is under way", remedy="wait for it")
-        swap, host, runner = _Swap(), self._host(), self._weights.runner
+        host, runner = self._host(), self._weights.runner
+        swap = _Swap(ends_drafting=host.config.speculative.draft_heads is not None)
         self._swap = swap
 
         def load() -> None:
@@ -132,8 +134,7 @@ class Exchange:
             swap.done.set_exception(error)
             return False
         digest, runner = swap.loaded.result()
-        heads = self._host().config.speculative.draft_heads
-        if heads is not None and digest != self._weights.current:
+        if swap.ends_drafting and digest != self._weights.current:
             get_logger("engine").warning("the draft heads are of the old weights: drafting ends")
         self._weights.install(digest, runner)
         swap.done.set_result(self._ready())
@@ -161,6 +162,8 @@ class Exchange:
 class _Swap:
     """A swap under way."""
 
+    ends_drafting: bool
+    """Whether heads draft: those of other weights can't."""
     loaded: Future[tuple[str, Runner]] = field(default_factory=Future)
     """The digest of the new weights, and what runs them."""
     done: Future[Ready] = field(default_factory=Future)
@@ -216,7 +219,8 @@ def check_model(directory: Path, host: Host) -> None:
             remedy=remedy,
         )
     check_ranks(model, host.config.tensor_parallel_size)
-    needed = rank_weight_bytes(directory, host.config, model)
+    headers = read_headers(weight_files(directory))
+    needed = rank_weight_bytes(directory, headers, host.config, model)
     _check_room(f"{directory} takes {needed} bytes of weights beside the served ones", needed, host)
 
 

@@ -72,7 +72,7 @@ def measure_limits(config: EngineConfig) -> Limits | None:
     return Limits(bandwidth, peaks[0] if config.dtype == "float32" else max(peaks))
 
 
-def weight_bytes(model: Decoder) -> int:
+def bytes_read(model: Decoder) -> int:
     """Return the bytes of a model that every step reads: not tables of which it reads rows."""
     shared = model.lm_head is None
     return sum(
