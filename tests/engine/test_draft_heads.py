@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.engine.distribution import check_distribution
 
 from minigpt.api.requests import Request, SamplingParams
 from minigpt.core.artifact import Artifact, create_artifact
@@ -207,42 +207,9 @@ def test_the_kernels_hand_over_the_same_states(make_model: Make, engines: Make, 
 def test_the_distribution_is_the_models(
     make_narrow: Make, engines: Make, full_logits: Make
 ) -> None:
-    """G-test over the next three tokens, drafted for on the way, against the exact chances."""
     model = make_narrow(4)
-    prompt, temperature, draws = [1, 2, 3, 1, 2, 3, 1, 2], 0.9, 3000
     _, drafting = engines(model, num_blocks=600, max_num_seqs=100, max_batched_tokens=500)
-    counts: Counter[tuple[int, ...]] = Counter()
-    for number in range(draws // 100):
-        drafting.add(
-            _request(str(number), prompt, n=100, seed=number, temperature=temperature, max_tokens=4)
-        )
-        answers: dict[int, list[int]] = {}
-        while drafting.has_work:
-            for delta in drafting.step():
-                answers.setdefault(delta.index, []).extend(delta.token_ids)
-        counts.update(tuple(tokens[:3]) for tokens in answers.values())
-    assert drafting.stats().accepted_tokens > draws / 20, "hardly anything was drafted"
-    expected: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(3):
-        expected = {
-            (*tokens, token): chance * share
-            for tokens, chance in expected.items()
-            for token, share in enumerate(
-                (full_logits(model, prompt + list(tokens))[-1] / temperature).softmax(-1).tolist()
-            )
-        }
-    likely = {tokens for tokens, chance in expected.items() if chance * draws >= 5}
-    observed = [counts[tokens] for tokens in likely]
-    chances = [expected[tokens] for tokens in likely]
-    observed.append(draws - sum(observed))
-    chances.append(1 - sum(chances))
-    pairs = [(o, c) for o, c in zip(observed, chances, strict=True) if o]
-    g = 2 * sum(o * torch.tensor(o / (draws * c)).log().item() for o, c in pairs)
-    freedom = len(observed) - 1
-    # Wilson and Hilferty: the cube root of chi-square over its freedom is nearly normal.
-    z = ((g / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
-    assert freedom > 20
-    assert z < 4, (g, freedom)
+    check_distribution(drafting, model, full_logits)
 
 
 @pytest.mark.parametrize("raises", [False, True])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tests.engine.distribution import check_distribution
 
 from minigpt.api.requests import Request, SamplingParams, StructuredOutput
 from minigpt.engine.cost_model import StepWork
@@ -155,45 +155,9 @@ def test_later_prompts_find_what_was_drafted_in_the_cache(
 def test_the_distribution_is_the_models(
     make_narrow: Make, engines: Make, full_logits: Make
 ) -> None:
-    """G-test over the next three tokens, drafted for on the way, against the exact chances."""
     model = make_narrow(4)
-    prompt, temperature, draws = [1, 2, 3, 1, 2, 3, 1, 2], 0.9, 3000
     _, drafting = engines(model, num_blocks=600, max_num_seqs=100, max_batched_tokens=400)
-    counts: Counter[tuple[int, ...]] = Counter()
-    for number in range(draws // 100):
-        drafting.add(
-            _request(str(number), prompt, n=100, seed=number, temperature=temperature, max_tokens=4)
-        )
-        answers: dict[int, list[int]] = {}
-        while drafting.has_work:
-            for delta in drafting.step():
-                answers.setdefault(delta.index, []).extend(delta.token_ids)
-        counts.update(tuple(tokens[:3]) for tokens in answers.values())
-    assert drafting.stats().accepted_tokens > draws / 20, "hardly anything was drafted"
-    expected: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(3):
-        longer = {}
-        for tokens, chance in expected.items():
-            following = (full_logits(model, prompt + list(tokens))[-1] / temperature).softmax(-1)
-            for token, share in enumerate(following.tolist()):
-                if chance * share > 1e-12:
-                    longer[*tokens, token] = chance * share
-        expected = longer
-    likely = {tokens for tokens, chance in expected.items() if chance * draws >= 5}
-    observed = [counts[tokens] for tokens in likely]
-    chances = [expected[tokens] for tokens in likely]
-    observed.append(draws - sum(observed))
-    chances.append(1 - sum(chances))
-    g = 2 * sum(
-        o * torch.tensor(o / (draws * c)).log().item()
-        for o, c in zip(observed, chances, strict=True)
-        if o
-    )
-    freedom = len(observed) - 1
-    # Wilson and Hilferty: the cube root of chi-square over its freedom is nearly normal.
-    z = ((g / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
-    assert freedom > 20
-    assert z < 4, (g, freedom)
+    check_distribution(drafting, model, full_logits)
 
 
 class Brittle(Decoder):
